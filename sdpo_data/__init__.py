@@ -1,0 +1,28 @@
+"""Preference pairs: read them, score them with a reference model, cut them into steps, easiest first.
+
+Names load on first use, so that partitioning never imports torch and
+`python -m sdpo_data.partition` runs its module once.
+"""
+
+from importlib import import_module
+
+_HOME = {
+    "PairsConfig": "pairs",
+    "PartitionConfig": "partition",
+    "Run": "run",
+    "ScoreConfig": "score",
+    "SdpoError": "tables",
+    "load_model": "models",
+    "model_key": "models",
+    "open_run": "run",
+    "partition_pairs": "partition",
+    "read_pairs": "pairs",
+    "score_pairs": "score",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'sdpo_data' has no attribute {name!r}; it has {__all__}")
+    return getattr(import_module(f"sdpo_data.{_HOME[name]}"), name)

@@ -1,0 +1,277 @@
+"""Settings: a command's pydantic model = one section of config.yaml = its flags.
+
+The model stands beside the command that reads it; this file only reads and merges. Later
+wins: defaults, RUN/config.yaml, `--config FILE`, flags.
+"""
+
+import contextlib
+import difflib
+import io
+import itertools
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+import ruamel.yaml
+
+from sdpo_data.run import Run, write_atomically
+from sdpo_data.tables import SdpoError
+
+DEFAULT_MODEL = "embedded:smollm2-135m"
+SECTIONS = ("model", "pairs", "score", "partition", "train", "eval")
+
+
+class Settings(pydantic.BaseModel):
+    """Base of every settings model: frozen; an unknown key or another type (a quoted number, yes for 1) is an error."""
+
+    model_config = pydantic.ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+@dataclass(frozen=True)
+class Command:
+    """One call of a command: the run folder, its settings, and whether to remake what is finished."""
+
+    run: Run
+    force: bool
+    model: str
+    settings: dict[str, Settings]
+    file: dict[str, Any]
+    """What config.yaml is to hold: the old file, the recipe and the flags, merged."""
+
+    def save(self, *sections: str) -> None:
+        """Merge these sections into RUN/config.yaml. Call it once their recipe has been accepted."""
+        merge_config(self.run, {name: self.file[name] for name in sections if name in self.file})
+
+
+def merge_config(run: Run, sections: dict[str, Any]) -> None:
+    """Write `sections` over those in RUN/config.yaml, keeping the rest and its comments."""
+    path = run.path / "config.yaml"
+    old = _read_yaml(path) if path.exists() else ruamel.yaml.CommentedMap()
+    new = ruamel.yaml.CommentedMap(old)
+    old.copy_attributes(new)
+    for name, value in sections.items():
+        if isinstance(value, dict) and isinstance(new.get(name), dict):
+            new[name].update(value)
+        else:
+            new[name] = value
+    text = io.StringIO()
+    _yaml().dump(new, text)
+    if not path.exists() or path.read_text() != text.getvalue():
+        write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
+
+
+def read_command(
+    prog: str, description: str | None, own: str, models: dict[str, type[Settings]], argv: list[str] | None = None
+) -> Command:
+    """Read `RUN [--config FILE] [--force] [--setting value ...]` against the run's config.yaml.
+
+    Args:
+        prog: how the command is called, for its help.
+        description: shown by --help; the command's module docstring.
+        own: the section whose settings are flags without a prefix (`--parts 2`); the settings
+            of the other sections carry theirs (`--score.max-length 512`).
+        models: section name -> its settings model.
+
+    Raises:
+        SdpoError: an unknown section or setting, or a value of the wrong type or range.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    run, recipe = _peek(argv)
+    call = _parse(prog, description, own, models, argv, [run, recipe])
+    if run is None:  # flags stood before RUN: read again, now knowing whose config.yaml gives the defaults
+        call = _parse(prog, description, own, models, argv, [call.run.path, recipe])
+    return call
+
+
+def _parse(
+    prog: str,
+    description: str | None,
+    own: str,
+    models: dict[str, type[Settings]],
+    argv: list[str],
+    places: list[Path | None],
+) -> Command:
+    import tyro  # only here: importing a package of ours stays fast
+
+    files = _read_files(*places)
+    file = _merged(files)
+    loaded = {name: _section(model, name, files) for name, model in models.items()}
+    fields: dict[str, Any] = {
+        "run": (Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help="Run folder; made if missing.")], ...),
+        "config": (
+            Annotated[Path | None, tyro.conf.arg(help="Recipe to start from: a file, or a name in configs/.")],
+            None,
+        ),
+        "force": (
+            Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Remake what is finished.")],
+            False,
+        ),
+        "model": (
+            Annotated[str, tyro.conf.arg(help="Reference model S: a folder, a hub id, or embedded:NAME.")],
+            file.get("model", DEFAULT_MODEL),
+        ),
+    }
+    for name, model in models.items():
+        prefix, unchecked = tyro.conf.arg(name="" if name == own else name), _without_limits(model)
+        fields[f"{name}_settings"] = (Annotated[unchecked, prefix], unchecked(**dict(loaded[name])))
+    with _box_as_sentence(prog):
+        given = tyro.cli(pydantic.create_model("Arguments", **fields), args=argv, prog=prog, description=description)
+    settings: dict[str, Settings] = {}
+    for name, model in models.items():
+        try:
+            settings[name] = model.model_validate(getattr(given, f"{name}_settings").model_dump())
+        except pydantic.ValidationError as error:
+            raise SdpoError(_sentence(error, "--" if name == own else f"--{name}.")) from None
+        default, wanted = loaded[name].model_dump(mode="json"), settings[name].model_dump(mode="json")
+        changed = {setting: value for setting, value in wanted.items() if value != default[setting]}
+        if changed:
+            file[name] = {**(file.get(name) or {}), **changed}
+    if given.model != DEFAULT_MODEL or "model" in file:
+        file["model"] = given.model
+    return Command(Run(given.run), given.force, given.model, settings, file)
+
+
+def _without_limits(model: type[Settings]) -> type[pydantic.BaseModel]:
+    """Keep the fields with their types alone: what is out of range is then said in our words, not in tyro's."""
+    fields: dict[str, Any] = {
+        name: (field.annotation, pydantic.Field(description=field.description))
+        for name, field in model.model_fields.items()
+    }
+    return pydantic.create_model(model.__name__, **fields)
+
+
+@contextlib.contextmanager
+def _box_as_sentence(prog: str) -> Iterator[None]:
+    """Say what tyro draws as a box, with hints below a rule, in one line."""
+    drawn = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(drawn):
+            yield
+    except SystemExit as exit_:
+        if not exit_.code:  # --help
+            raise
+        rows = (row.strip(" │") for row in drawn.getvalue().splitlines()[1:])
+        said = " ".join(itertools.takewhile(lambda row: not row.startswith(("─", "╰")), rows))
+        raise SdpoError(f"{said.rstrip(' .')}. See {prog} --help.") from None
+    sys.stderr.write(drawn.getvalue())
+
+
+def recipe_path(name: Path) -> Path:
+    """Find a recipe: a file as given, or by its name among the ones that come with the package.
+
+    Raises:
+        SdpoError: neither is there.
+    """
+    if name.is_file():
+        return name
+    if name.parent in (Path(), Path("configs")):  # a mistyped path of one's own is never taken for one of ours
+        for folder in _recipe_folders():
+            if (found := folder / f"{name.stem}.yaml").is_file():
+                return found
+    raise SdpoError(f"--config {name} is neither a file nor the name of a recipe. There are: {', '.join(recipes())}.")
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted({file.stem for folder in _recipe_folders() for file in folder.glob("*.yaml")})
+
+
+def _recipe_folders() -> tuple[Path, Path]:
+    here = Path(__file__).parent
+    return here / "configs", here.parent / "configs"  # installed wheel, checkout
+
+
+def _peek(argv: list[str]) -> tuple[Path | None, Path | None]:
+    """Find RUN and --config before the flags can be declared, whose defaults come from them."""
+    recipe = None
+    for here, word in enumerate(argv):
+        if word == "--config" and here + 1 < len(argv):
+            recipe = recipe_path(Path(argv[here + 1]))
+        elif word.startswith("--config="):
+            recipe = recipe_path(Path(word.removeprefix("--config=")))
+    run = Path(argv[0]) if argv and not argv[0].startswith("-") else None
+    return run, recipe
+
+
+def _read_files(run: Path | None, recipe: Path | None) -> dict[Path, dict[str, Any]]:
+    """Read RUN/config.yaml and the recipe, where there are any, and refuse what is no section."""
+    if run is not None and run.exists() and not run.is_dir():
+        raise SdpoError(f"RUN {run} is a file. Name a folder; it is made if missing.")
+    files: dict[Path, dict[str, Any]] = {}
+    for path in (run / "config.yaml" if run else None, recipe):
+        if path is None or not path.exists():
+            continue
+        files[path] = _read_yaml(path)
+        for name, value in files[path].items():
+            if name not in SECTIONS:
+                raise SdpoError(f"{path}: there is no section {name!r}. {_closest(str(name), SECTIONS)}")
+            if name == "model" and not isinstance(value, str):
+                raise SdpoError(f"{path}: model is {value!r}. Write a folder, a hub id, or embedded:NAME.")
+            if name != "model" and value is not None and not isinstance(value, dict):
+                raise SdpoError(f"{path}: {name} is {value!r}, but it is a section: put its settings below it.")
+    return files
+
+
+def _merged(files: dict[Path, dict[str, Any]]) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for file in files.values():
+        for name, value in file.items():
+            merged[name] = {**(merged.get(name) or {}), **value} if isinstance(value, dict) else value
+    return merged
+
+
+def _section(model: type[Settings], name: str, files: dict[Path, dict[str, Any]]) -> Settings:
+    """Validate one section of the merged files; a mistake is said with the file it stands in."""
+    try:
+        return model.model_validate(_merged(files).get(name) or {})
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        setting = str(first["loc"][0]) if first["loc"] else None
+        path = [path for path, file in files.items() if _says(file.get(name), setting)][-1]
+        if first["type"] in ("extra_forbidden", "invalid_key"):
+            close = _closest(str(setting), list(model.model_fields))
+            raise SdpoError(f"{path}: {name} has no setting {setting!r}. {close}") from None
+        raise SdpoError(_sentence(error, f"{path}: {name}.")) from None
+
+
+def _says(section: dict[Any, Any] | None, setting: str | None) -> bool:
+    return bool(section) and (setting is None or setting in map(str, section))
+
+
+def _sentence(error: pydantic.ValidationError, place: str) -> str:
+    first = error.errors()[0]
+    message = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:  # two settings that do not go together
+        return f"{place.rstrip('.-')}: {message}.".removeprefix(": ")
+    name = ".".join(str(part) for part in first["loc"])
+    return f"{place}{name.replace('_', '-') if place.startswith('--') else name} is {first['input']!r}: {message}."
+
+
+def _closest(name: str, names: list[str] | tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(name, names, n=1)
+    return (f"Did you mean {close[0]!r}? " if close else "") + f"It has: {', '.join(names)}."
+
+
+def _yaml() -> ruamel.yaml.YAML:
+    yaml = ruamel.yaml.YAML(typ="rt")  # round trip: keeps comments, makes no Python objects
+    yaml.default_flow_style = False
+    return yaml
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        content = _yaml().load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SdpoError(f"{path} cannot be read ({error.strerror}).") from None
+    except (ruamel.yaml.error.YAMLError, UnicodeDecodeError) as error:
+        raise SdpoError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if content is None:
+        return ruamel.yaml.CommentedMap()
+    if not isinstance(content, dict):
+        raise SdpoError(f"{path} holds {type(content).__name__}, expected sections: {', '.join(SECTIONS)}.")
+    return content

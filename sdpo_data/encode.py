@@ -1,0 +1,140 @@
+"""A pair as token ids: chat template, the prompt/completion boundary, what is cut and what is lost.
+
+The boundary is TRL's, so that scores and training speak of the same tokens.
+"""
+
+import json
+import logging
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+import polars as pl
+
+from sdpo_data.tables import MESSAGES, PAIRS, SdpoError, check
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+Truncation = Literal["drop", "cut"]
+
+ENCODED = pl.Schema(
+    {  # one row per pair
+        "pair_id": pl.String,
+        "prompt_ids": pl.List(pl.Int32),
+        "chosen_ids": pl.List(pl.Int32),  # completion only: the sequence is prompt_ids + chosen_ids
+        "rejected_ids": pl.List(pl.Int32),
+        "truncated": pl.Boolean,
+        "problem": pl.String,  # why the pair cannot be used; null where it can
+    }
+)
+
+
+def encode_pairs(
+    pairs: pl.DataFrame, tokenizer: "PreTrainedTokenizerBase", max_length: int, truncation: Truncation
+) -> pl.DataFrame:
+    """Turn pairs into token ids, in their order.
+
+    Messages go through the tokenizer's chat template, with the system message first; where it has
+    none they are written out as "User: ...\\n\\nAssistant: ...", and a line says so. Plain text
+    stays raw, and the answer ends with EOS. The completion starts where the tokens of the prompt
+    and of the prompt with each answer first differ.
+
+    Args:
+        pairs: PAIRS frame.
+        tokenizer: of the model that will read the ids.
+        max_length: longest prompt + completion, tokens.
+        truncation: "cut" keeps the first max_length tokens of each side, as TRL does; "drop"
+            marks a pair with a longer side as a problem.
+
+    Returns:
+        ENCODED frame. A pair with a problem has its ids all the same; it must not be scored.
+
+    Source: trl 1.16 `DPOTrainer._prepare_dataset` and `DataCollatorForPreference` (keep_start).
+        Deviation: there an answer that loses all its tokens is scored 0; here it is a problem.
+    """
+    pairs = check(pairs, PAIRS, "pairs")
+    prompts: list[str] = []
+    chosen: list[str] = []
+    rejected: list[str] = []
+    for row in pairs.iter_rows(named=True):
+        prompt, answers = _render(row, tokenizer)
+        prompts.append(prompt)
+        chosen.append(answers[0])
+        rejected.append(answers[1])
+    special = [form != MESSAGES or not tokenizer.chat_template for form in pairs["format"]]
+    ids = [_tokenize(texts, special, tokenizer) for texts in (prompts, chosen, rejected)]
+    rows = [
+        (pair_id, *_split(*sides, max_length, truncation))
+        for pair_id, *sides in zip(pairs["pair_id"], *ids, strict=True)
+    ]
+    encoded = pl.DataFrame(rows, ENCODED, orient="row")
+    if (cut := encoded["truncated"].sum()) and truncation == "cut":
+        log.info("cut %d of %d pairs at %d tokens", cut, encoded.height, max_length)
+    return encoded
+
+
+def _render(row: dict, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, tuple[str, str]]:
+    """Write out the prompt, and the prompt with each answer, as the model will read them."""
+    if row["format"] != MESSAGES:
+        eos = tokenizer.eos_token or ""
+        answers = (row[side] if row[side].endswith(eos) else row[side] + eos for side in ("chosen", "rejected"))
+        return row["prompt"], tuple(row["prompt"] + answer for answer in answers)  # type: ignore[return-value]
+    system = [{"role": "system", "content": row["system"]}] if row["system"] is not None else []
+    prompt = system + json.loads(row["prompt"])
+    full = [prompt + json.loads(row[side]) for side in ("chosen", "rejected")]
+    if not tokenizer.chat_template:
+        eos = tokenizer.eos_token or ""
+        return _plainly(prompt) + "\n\nAssistant:", (_plainly(full[0]) + eos, _plainly(full[1]) + eos)
+    try:
+        return (
+            str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)),
+            tuple(str(tokenizer.apply_chat_template(messages, tokenize=False)) for messages in full),  # type: ignore[return-value]
+        )
+    except Exception as error:  # the template is a program of the model's author: it may raise anything
+        raise SdpoError(
+            f"The chat template cannot render pair {row['pair_id']} ({error}). "
+            "Its roles must be those the model knows, in an order it accepts; drop the pair or use another model."
+        ) from error
+
+
+def _plainly(messages: Sequence[dict]) -> str:
+    return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
+
+
+def _tokenize(texts: list[str], special: list[bool], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+    """Tokenize in two batches: a rendered chat template brings its own special tokens."""
+    ids: list[list[int]] = [[] for _ in texts]
+    for add in (True, False):
+        rows = [row for row, wanted in enumerate(special) if wanted is add]
+        if rows:
+            batch = tokenizer([texts[row] for row in rows], add_special_tokens=add)["input_ids"]
+            for row, tokens in zip(rows, batch, strict=True):
+                ids[row] = tokens
+    return ids
+
+
+def _split(
+    prompt: list[int], with_chosen: list[int], with_rejected: list[int], max_length: int, truncation: Truncation
+) -> tuple[list[int], list[int], list[int], bool, str | None]:
+    boundary = min(_common_prefix(prompt, with_chosen), _common_prefix(prompt, with_rejected))
+    truncated = max(len(with_chosen), len(with_rejected)) > max_length
+    problem = None
+    if truncated and truncation == "drop":
+        sides = [name for name, ids in (("chosen", with_chosen), ("rejected", with_rejected)) if len(ids) > max_length]
+        problem = f"over {max_length} tokens ({' and '.join(sides)})"
+    elif truncated and boundary >= max_length:
+        problem = f"prompt fills all {max_length} tokens"
+    elif min(len(with_chosen), len(with_rejected)) == boundary:
+        problem = "an answer has no token of its own"
+    if truncation == "cut":
+        with_chosen, with_rejected = with_chosen[:max_length], with_rejected[:max_length]
+    return prompt[:boundary], with_chosen[boundary:], with_rejected[boundary:], truncated, problem
+
+
+def _common_prefix(left: list[int], right: list[int]) -> int:
+    for place, (a, b) in enumerate(zip(left, right, strict=False)):
+        if a != b:
+            return place
+    return min(len(left), len(right))

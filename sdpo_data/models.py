@@ -1,0 +1,139 @@
+"""A causal language model by name: load it, save it, and know it by its weights."""
+
+import hashlib
+import importlib.metadata
+import json
+import logging
+import mmap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from sdpo_data.assets import cache_folder, model_folder
+from sdpo_data.run import write_atomically
+from sdpo_data.tables import SdpoError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+SAFETENSORS_DTYPES = {  # torch's name -> the name in a safetensors header
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int64": "I64", "int32": "I32",
+    "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
+}  # fmt: skip
+NOT_NUMBERS = (  # parts of a config that do not change what the model computes
+    "_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache",
+    "bos_token_id", "eos_token_id", "pad_token_id",
+)  # fmt: skip
+
+
+def load_model(name: str | Path, dtype: str = "float32") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load a causal LM and its tokenizer, in eval mode, on the GPU if there is one.
+
+    Args:
+        name: folder, hub id, or embedded:NAME.
+        dtype: of the weights in memory: float32, bfloat16 or float16.
+
+    Raises:
+        SdpoError: there is no such model, or it is not one that can be loaded safely.
+    """
+    import torch
+    import transformers
+
+    folder = model_folder(str(name))
+    transformers.utils.logging.disable_progress_bar()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+        tokenizer = load_tokenizer(folder)
+    except (ValueError, KeyError, OSError) as error:
+        raise SdpoError(f"Model {name} cannot be loaded from {folder}: {' '.join(str(error).split())[:300]}") from error
+    return model.to(device).eval(), tokenizer
+
+
+def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase":
+    """Load the tokenizer of a model, without the model; needs no torch."""
+    import transformers
+
+    folder = model_folder(str(name))
+    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+
+
+def save_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Save weights (sharded safetensors, in the dtype they have), config and tokenizer in `folder`."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def model_key(model: "PreTrainedModel | Path | str") -> str:
+    """Name a model by what it computes: the same for a folder and for the model loaded from it.
+
+    A hash over the sorted (name, dtype, shape, bytes) of its tensors and its config. Tensors of
+    equal content count once, under the last of their names: so tied weights give one key whether
+    or not both are in the file. Live and saved keys agree in the same dtype.
+
+    Args:
+        model: loaded model, folder, hub id or embedded:NAME. Folders are read without torch.
+    """
+    if isinstance(model, str | Path):
+        return _key_of_folder(model_folder(str(model)))
+    tensors = (
+        (name, SAFETENSORS_DTYPES[str(tensor.dtype).removeprefix("torch.")], tuple(tensor.shape), _bytes(tensor))
+        for name, tensor in model.state_dict().items()
+    )
+    return _key(model.config.to_diff_dict(), tensors)
+
+
+def _key(config: dict[str, Any], tensors: Iterable[tuple[str, str, tuple[int, ...], Any]]) -> str:
+    names: dict[tuple, str] = {}
+    for name, dtype, shape, content in tensors:
+        same = (dtype, shape, xxhash.xxh3_128_hexdigest(content))
+        names[same] = max(name, names.get(same, ""))
+    numbers = {key: value for key, value in config.items() if key not in NOT_NUMBERS}
+    rows = sorted([name, *same] for same, name in names.items())
+    return hashlib.sha256(json.dumps([numbers, rows], sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _key_of_folder(folder: Path) -> str:
+    """Read the key of a folder's files, or remember it from the last time these very files were read."""
+    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stamp = json.dumps([importlib.metadata.version("transformers"), stats])
+    memo = cache_folder() / "model_keys" / hashlib.sha256(stamp.encode()).hexdigest()
+    if not memo.exists():
+        key = _key(_config_of_folder(folder), _tensors_of_folder(folder))
+        write_atomically(memo, lambda temporary: temporary.write_text(key))
+    return memo.read_text()
+
+
+def _config_of_folder(folder: Path) -> dict[str, Any]:
+    import transformers
+
+    return transformers.AutoConfig.from_pretrained(
+        folder, trust_remote_code=False, local_files_only=True
+    ).to_diff_dict()
+
+
+def _tensors_of_folder(folder: Path) -> Iterable[tuple[str, str, tuple[int, ...], memoryview]]:
+    """Read the safetensors files' headers and map their tensors: no torch, nothing copied."""
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            size = int.from_bytes(content[:8], "little")
+            header = json.loads(content[8 : 8 + size])
+            with memoryview(content) as view:
+                for name, tensor in header.items():
+                    if name != "__metadata__":
+                        begin, end = (8 + size + offset for offset in tensor["data_offsets"])
+                        with view[begin:end] as part:
+                            yield name, tensor["dtype"], tuple(tensor["shape"]), part
+
+
+def _bytes(tensor: Any) -> Any:
+    import torch
+
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()

@@ -1,0 +1,146 @@
+"""Cut scored pairs into steps, easiest first.
+
+Makes what is missing on the way: pairs.parquet, then scores.parquet, then partition.parquet.
+
+Examples:
+    python -m sdpo_data.partition runs/a --pairs.source my_pairs.jsonl --model my-org/my-sft --parts 3
+    python -m sdpo_data.partition runs/a --by source --difficulty reward_accuracy    # the paper's way
+"""
+
+import logging
+from typing import Literal
+
+import numpy as np
+import polars as pl
+import pydantic
+
+from sdpo_data.config import Command, Settings, read_command
+from sdpo_data.console import command, print_table, say
+from sdpo_data.difficulty import describe_scores, difficulty_named, length_correlation
+from sdpo_data.pairs import PairsConfig, make_pairs
+from sdpo_data.score import ScoreConfig, make_scores
+from sdpo_data.tables import LOGP_MARGIN, PARTITION, REWARD_ACCURACY, SCORES, SdpoError, check
+
+log = logging.getLogger(__name__)
+
+
+class PartitionConfig(Settings):
+    parts: int = pydantic.Field(2, ge=1)
+    """Steps to cut the pairs into."""
+    by: Literal["pair", "source"] = "pair"
+    """What stays whole: single pairs are ranked, or whole sources (the paper's way)."""
+    difficulty: str = "margin_per_token"
+    """Named difficulty: margin_per_token, logp_margin, reward_accuracy (by source only)."""
+    within: Literal["shuffle", "difficulty"] = "shuffle"
+    """Order inside a step: a seeded shuffle, or easiest first."""
+    seed: int = 0
+    """Of the shuffle."""
+
+
+def partition_pairs(scores: pl.DataFrame, config: PartitionConfig | None = None) -> pl.DataFrame:
+    """Cut scored pairs into steps of rising difficulty.
+
+    Units (pairs or sources) are ranked by mean difficulty, ties by their id; unit number r of n,
+    counted from 0, goes to step 1 + floor(r * parts / n): sizes differ by at most one unit.
+    The result depends on the rows, not on their order.
+
+    Args:
+        scores: SCORES frame.
+
+    Returns:
+        PARTITION frame, sorted by rank (the training order).
+
+    Raises:
+        SdpoError: fewer units than parts, an unknown difficulty, or one that cannot rank single
+            pairs; repeated pairs or non-finite log-probabilities.
+
+    Source: arXiv 2403.19270, section 3.1 (by source, reward accuracy). Deviation: the paper does
+        not split sources; by="pair" does.
+    """
+    config = config or PartitionConfig()
+    scores = check(scores, SCORES, "scores")
+    bad = scores.filter(~LOGP_MARGIN.is_finite())
+    if bad.height:
+        raise SdpoError(
+            f"{bad.height} of {scores.height} pairs have a non-finite log-probability, e.g. pair_id "
+            f"{bad['pair_id'][0]!r}. Score again in float32, or drop them."
+        )
+    difficulty = difficulty_named(config.difficulty)
+    if config.by == "pair" and not difficulty.single_pairs:
+        raise SdpoError(
+            f"partition.difficulty {config.difficulty!r} is a share over many pairs and cannot rank single ones. "
+            "Set partition.by to 'source', or partition.difficulty to 'margin_per_token'."
+        )
+    unit = {"pair": "pair_id", "source": "source"}[config.by]
+    units = scores.group_by(unit).agg(difficulty=difficulty.expression.mean()).sort("difficulty", unit)
+    if units.height < config.parts:
+        remedy = ", or set partition.by to 'pair'" if config.by == "source" else ""
+        raise SdpoError(
+            f"Cannot cut {units.height} {config.by}(s) into {config.parts} steps. "
+            f"Lower partition.parts to {units.height}{remedy}."
+        )
+    units = units.with_columns(step=1 + pl.int_range(pl.len()) * config.parts // pl.len())
+    placed = scores.select(list({"pair_id", "source", unit})).join(units, on=unit)
+    return _ranked(placed, config).with_columns(definition=pl.lit(config.difficulty)).select(list(PARTITION))
+
+
+def describe_parts(partition: pl.DataFrame, scores: pl.DataFrame) -> pl.DataFrame:
+    """Sum up each step: pairs, tokens, sources, difficulty from easiest to hardest, reward accuracy."""
+    joined = partition.join(scores.drop("source"), on="pair_id")
+    return (
+        joined.group_by("step")
+        .agg(
+            pairs=pl.len(),
+            tokens=(2 * pl.col("prompt_tokens") + pl.col("chosen_tokens") + pl.col("rejected_tokens")).sum(),
+            sources=pl.col("source").unique().sort().str.join(", "),
+            easiest=pl.col("difficulty").min(),
+            median=pl.col("difficulty").median(),
+            hardest=pl.col("difficulty").max(),
+            reward_accuracy=REWARD_ACCURACY,
+            mean_margin=LOGP_MARGIN.mean(),
+        )
+        .sort("step")
+    )
+
+
+def make_partition(call: Command, scores: pl.DataFrame) -> pl.DataFrame:
+    """Make RUN/partition.parquet, unless it is up to date."""
+    config = call.settings["partition"]
+    assert isinstance(config, PartitionConfig)
+    with call.run.stage("partition", config.model_dump(), ["scores"], force=call.force) as stage:
+        if stage.current:
+            return call.run.partition
+        partition = partition_pairs(scores, config)
+        call.save("model", "partition")
+        return stage.write("partition", partition)
+
+
+def main() -> None:
+    """Make RUN/partition.parquet and what it needs, and show its parts."""
+    sections: dict[str, type[Settings]] = {"partition": PartitionConfig, "pairs": PairsConfig, "score": ScoreConfig}
+    call = read_command("python -m sdpo_data.partition", __doc__, "partition", sections)
+    made = call.run.lineage.get("partition")
+    scores = make_scores(call, make_pairs(call))
+    partition = make_partition(call, scores)
+    if call.run.lineage["partition"] == made:
+        say(f"up to date: {call.run.path / 'partition.parquet'}")
+        return
+    print_table(describe_scores(scores), "reference model on each source (margins in nats)")
+    print_table(describe_parts(partition, scores), f"{call.run.path / 'partition.parquet'}")
+    definition = partition["definition"][0]
+    rho, n = length_correlation(scores, definition)
+    say(f"{definition} against the token difference chosen - rejected: rank correlation {rho:+.2f} (n = {n:,})")
+
+
+def _ranked(placed: pl.DataFrame, config: PartitionConfig) -> pl.DataFrame:
+    """Give every pair its place in the training order: by step, inside it as config.within says."""
+    if config.within == "difficulty":
+        ordered = placed.sort("step", "difficulty", "pair_id")
+    else:
+        drawn = np.random.default_rng(config.seed).permutation(placed.height)
+        ordered = placed.sort("pair_id").with_columns(drawn=drawn).sort("step", "drawn")
+    return ordered.with_columns(rank=pl.int_range(pl.len(), dtype=pl.Int64))
+
+
+if __name__ == "__main__":
+    command(main)

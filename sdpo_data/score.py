@@ -1,0 +1,220 @@
+"""Score every pair under one model: the log-probabilities of both answers, reference-free."""
+
+import inspect
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import polars as pl
+import pydantic
+
+from sdpo_data.config import Command, Settings, read_command
+from sdpo_data.console import command, print_table, progress, say
+from sdpo_data.difficulty import describe_scores
+from sdpo_data.encode import Truncation, encode_pairs
+from sdpo_data.models import load_model, load_tokenizer, model_key
+from sdpo_data.pairs import PairsConfig, make_pairs
+from sdpo_data.tables import DROPPED, PAIRS, SCORES, SdpoError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    Model = str | Path | PreTrainedModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
+
+log = logging.getLogger(__name__)
+
+
+class ScoreConfig(Settings):
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the forward pass. In bfloat16 log-probs move with the shape of the batch."""
+    max_length: int = pydantic.Field(1024, ge=2)
+    """Longest prompt + answer, tokens."""
+    truncation: Truncation = "drop"
+    """A pair with a longer side: drop it (counted), or cut that answer's end as TRL does."""
+    token_budget: int = pydantic.Field(2048, ge=1)
+    """Tokens per batch, padding included. Changes speed and memory, not the numbers."""
+
+
+def score_pairs(pairs: pl.DataFrame, model: "Model", config: ScoreConfig | None = None) -> pl.DataFrame:
+    """Compute the summed log-probability of both answers of every pair under one model.
+
+    Args:
+        pairs: PAIRS frame.
+        model: folder, hub id, embedded:NAME, a loaded model, or (model, tokenizer).
+        config: dtype is used where the model is loaded here.
+
+    Returns:
+        SCORES frame, in the order of `pairs`; log-probabilities in nats. Pairs that cannot be
+        scored (too long, an answer without tokens) are left out and logged with their reasons.
+
+    Raises:
+        SdpoError: no pair can be scored, or a log-probability is not finite.
+
+    Source: log pi(y | x) of DPO (arXiv 2305.18290), summed over completion tokens, EOS included.
+    """
+    scores, _ = score_and_drop(pairs, model, config or ScoreConfig())
+    return scores
+
+
+def score_and_drop(pairs: pl.DataFrame, model: "Model", config: ScoreConfig) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Do what `score_pairs` does, and return what was left out as a DROPPED frame beside it."""
+    loaded, tokenizer, key = _loaded(model, config.dtype)
+    encoded = encode_pairs(pairs, tokenizer, config.max_length, config.truncation)
+    usable = encoded.filter(pl.col("problem").is_null())
+    if usable.is_empty():
+        reason = encoded["problem"][0] if encoded.height else "there is none"
+        raise SdpoError(f"None of {encoded.height} pairs can be scored: {reason}. Raise score.max_length?")
+    scores = score_encoded(usable, loaded, config.token_budget).join(pairs.select("pair_id", "source"), on="pair_id")
+    scores = scores.with_columns(model_key=pl.lit(key), dtype=pl.lit(str(loaded.dtype)[6:]))
+    return scores.select(list(SCORES)), _as_dropped(encoded, pairs)
+
+
+def score_encoded(encoded: pl.DataFrame, model: "PreTrainedModel", token_budget: int) -> pl.DataFrame:
+    """Score pairs that are token ids already, in their order.
+
+    Args:
+        encoded: ENCODED frame without problems.
+        model: loaded model, in eval mode.
+        token_budget: tokens per batch, padding included.
+
+    Returns:
+        pair_id, chosen_logp and rejected_logp (nats), the three token counts, and truncated.
+
+    Raises:
+        SdpoError: a log-probability is not finite.
+    """
+    sides = ("chosen", "rejected")
+    sequences = [
+        (prompt + answer, len(prompt))
+        for side in sides
+        for prompt, answer in encoded.select("prompt_ids", f"{side}_ids").iter_rows()
+    ]
+    logps = completion_logps(model, sequences, token_budget)
+    scored = encoded.select(
+        "pair_id",
+        pl.Series("chosen_logp", logps[: encoded.height], pl.Float64),
+        pl.Series("rejected_logp", logps[encoded.height :], pl.Float64),
+        *(pl.col(f"{name}_ids").list.len().cast(pl.Int64).alias(f"{name}_tokens") for name in (*sides, "prompt")),
+        "truncated",
+    )
+    bad = scored.filter(~(pl.col("chosen_logp").is_finite() & pl.col("rejected_logp").is_finite()))
+    if bad.height:
+        raise SdpoError(
+            f"{bad.height} of {scored.height} pairs have a non-finite log-probability, e.g. pair_id "
+            f"{bad['pair_id'][0]!r}. Score in float32 (score.dtype), or look whether the model's weights are finite."
+        )
+    return scored
+
+
+def completion_logps(
+    model: "PreTrainedModel", sequences: Sequence[tuple[list[int], int]], token_budget: int
+) -> list[float]:
+    """Sum the log-probabilities of each sequence's tokens from `start` on.
+
+    Batches hold sequences of like length, the longest first, so that memory runs out at the
+    beginning or never; the head is computed only from the first completion token of the batch on.
+
+    Args:
+        model: loaded causal LM, in eval mode.
+        sequences: (token ids, start); 1 <= start < len(ids): the first token is never predicted.
+        token_budget: tokens per batch, padding included.
+
+    Returns:
+        One sum per sequence, nats, in the order given; accumulated in float32.
+    """
+    import torch
+
+    impossible = [row for row, (ids, start) in enumerate(sequences) if not 1 <= start < len(ids)]
+    if impossible:
+        raise ValueError(f"Sequence {impossible[0]} has no completion token after a first token: nothing to score.")
+    order = sorted(range(len(sequences)), key=lambda row: (-len(sequences[row][0]), row))
+    logps = [0.0] * len(sequences)
+    with torch.inference_mode(), progress("score", len(sequences), "answers") as advance:
+        while order:
+            size = max(1, token_budget // len(sequences[order[0]][0]))
+            batch, order = order[:size], order[size:]
+            sums = _batch_logps(model, [sequences[row] for row in batch])
+            for row, value in zip(batch, sums.tolist(), strict=True):
+                logps[row] = value
+            advance(len(batch))
+    return logps
+
+
+def make_scores(call: Command, pairs: pl.DataFrame) -> pl.DataFrame:
+    """Make RUN/scores.parquet, unless it is up to date."""
+    config = call.settings["score"]
+    assert isinstance(config, ScoreConfig)
+    recipe = {"model": model_key(call.model), **config.model_dump(exclude={"token_budget"})}
+    with call.run.stage("scores", recipe, ["pairs"], force=call.force) as stage:
+        if stage.current:
+            return call.run.scores
+        call.save("model", "score")
+        started = time.monotonic()
+        scores, dropped = score_and_drop(pairs, call.model, config)
+        call.run.replace_dropped("score", dropped)
+        seconds = time.monotonic() - started
+        log.info("scored %d pairs in %.0f s (%.1f pairs/s)", scores.height, seconds, scores.height / seconds)
+        return stage.write("scores", scores)
+
+
+def main() -> None:
+    """Score RUN's pairs under the reference model into RUN/scores.parquet; makes pairs.parquet if missing."""
+    sections: dict[str, type[Settings]] = {"score": ScoreConfig, "pairs": PairsConfig}
+    call = read_command("python -m sdpo_data.score", __doc__, "score", sections)
+    made = call.run.lineage.get("scores")
+    scores = make_scores(call, make_pairs(call))
+    if call.run.lineage["scores"] == made:
+        say(f"up to date: {call.run.path / 'scores.parquet'}")
+        return
+    print_table(describe_scores(scores), f"{call.run.path / 'scores.parquet'}")
+
+
+def _loaded(model: "Model", dtype: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, str]":
+    """Give the model, its tokenizer and its key: that of the saved weights where they are at hand."""
+    if isinstance(model, str | Path):
+        return *load_model(model, dtype), model_key(model)
+    loaded, tokenizer = model if isinstance(model, tuple) else (model, load_tokenizer(model.config._name_or_path))
+    return loaded.eval(), tokenizer, model_key(loaded)
+
+
+def _as_dropped(encoded: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
+    return (
+        encoded.filter(pl.col("problem").is_not_null())
+        .select("pair_id", reason="problem")
+        .join(pairs, on="pair_id")
+        .with_columns(
+            stage=pl.lit("score"),
+            row=pl.lit(None, pl.Int64),
+            content=pl.struct(list(PAIRS)).struct.json_encode(),
+        )
+        .select(list(DROPPED))
+    )
+
+
+def _batch_logps(model: "PreTrainedModel", batch: list[tuple[list[int], int]]) -> "torch.Tensor":
+    """Score sequences side by side, padded on the right: (batch,), nats."""
+    import torch
+
+    length = max(len(ids) for ids, _ in batch)
+    keep = length - min(start for _, start in batch) + 1  # positions whose logits predict a completion token
+    ids = torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in batch], device=model.device)  # (batch, length)
+    mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in batch], device=model.device)
+    kept = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **kept).logits[
+        :, -keep:-1
+    ]  # (batch, keep - 1, vocab)
+    targets = ids[:, length - keep + 1 :]  # (batch, keep - 1)
+    sums = []
+    for row, (tokens, start) in enumerate(batch):
+        first, end = start - (length - keep + 1), len(tokens) - (length - keep + 1)
+        sums.append(
+            -torch.nn.functional.cross_entropy(logits[row, first:end].float(), targets[row, first:end], reduction="sum")
+        )
+    return torch.stack(sums)
+
+
+if __name__ == "__main__":
+    command(main)

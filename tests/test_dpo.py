@@ -1,0 +1,111 @@
+"""One real step of DPO on a tiny model: what it hands on, and that every false hand-off is caught."""
+
+import math
+
+import polars as pl
+import pytest
+
+from sdpo_data.models import load_model, model_key, save_model
+from sdpo_data.score import score_pairs
+from sdpo_data.tables import METRICS, SCORES, SdpoError, check
+from sdpo_train.dpo import train_step
+from sdpo_train.steps import StepWork, TrainConfig
+
+FAST = TrainConfig(learning_rate=1e-3, batch_pairs=4, device_pairs=2, warmup=0.0)
+
+
+@pytest.fixture
+def work(pairs, tiny_model, tmp_path):
+    """Build the work of a first step, with any field replaced."""
+
+    def build(**changes):
+        key = model_key(tiny_model)
+        fields = {"arm": "sdpo", "seed": 0, "step": 1, "pairs": pairs, "start": str(tiny_model), "start_key": key,
+                  "reference": str(tiny_model), "reference_key": key, "scores": None, "out": tmp_path / "step_1"}  # fmt: skip
+        return StepWork(**fields | changes)
+
+    return build
+
+
+@pytest.fixture
+def other_model(tiny_model, tmp_path):
+    """The tiny model, moved a little: what a stale or wrong reference would be."""
+    model, tokenizer = load_model(tiny_model)
+    model.model.layers[0].mlp.down_proj.weight.data += 0.02
+    save_model(model, tokenizer, tmp_path / "other")
+    return str(tmp_path / "other")
+
+
+@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+def test_a_step_moves_the_model_and_hands_on_float32_weights(work, tiny_model, rank):
+    row = train_step(work(), FAST.model_copy(update={"lora_rank": rank}))
+    model, _ = load_model(row["model"])  # plain transformers, no adapters left
+    assert {str(p.dtype) for p in model.parameters()} == {"torch.float32"}
+    assert row["model_key"] == model_key(row["model"]) == model_key(model) != row["start_key"]
+    assert row["updates"] == 2
+    assert row["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert row["last_loss"] < row["first_loss"]
+    assert row["max_start_gap"] < 1e-3
+
+
+def test_a_step_leaves_its_reference_scores_and_metrics(work, pairs):
+    row = train_step(work(), FAST)
+    folder = work().out
+    reference = check(pl.read_parquet(folder / "reference_scores.parquet"), SCORES, "reference_scores")
+    assert reference["pair_id"].to_list() == pairs["pair_id"].to_list()
+    assert reference["model_key"].unique().to_list() == [row["reference_key"]]
+    margins = reference["chosen_logp"] - reference["rejected_logp"]
+    assert row["margin_ref_mean"] == pytest.approx(margins.mean())
+    tokens = reference.select(pl.sum_horizontal("prompt_tokens", "chosen_tokens", "rejected_tokens").sum()).item()
+    assert row["tokens"] == tokens
+    metrics = check(pl.read_parquet(folder / "metrics.parquet"), METRICS, "metrics")
+    assert metrics.filter(pl.col("name") == "loss")["update"].to_list() == [1, 2]
+
+
+def test_scores_of_the_reference_are_used_and_others_are_not(work, pairs, tiny_model, other_model):
+    right = score_pairs(pairs, tiny_model)
+    with_scores = train_step(work(scores=right), FAST)
+    without = train_step(work(), FAST)
+    with_others = train_step(work(scores=score_pairs(pairs, other_model)), FAST)  # their key says: not of S
+    assert with_scores["model_key"] == without["model_key"] == with_others["model_key"]
+
+
+def test_order_is_kept(work, pairs):
+    forward = train_step(work(), FAST)
+    backward = train_step(work(pairs=pairs.reverse()), FAST)
+    assert forward["model_key"] != backward["model_key"]
+
+
+def test_the_same_work_gives_the_same_bits(work):
+    assert train_step(work(), FAST)["model_key"] == train_step(work(), FAST)["model_key"]
+
+
+def test_a_reference_that_is_not_the_start_is_allowed_where_the_arm_says_so(work, other_model):
+    row = train_step(work(reference=other_model, reference_key=model_key(other_model)), FAST)
+    assert row["max_start_gap"] is None
+    assert abs(row["first_loss"] - math.log(2)) > 1e-4
+
+
+def test_a_start_with_other_weights_than_declared_is_caught(work, other_model):
+    with pytest.raises(SdpoError, match=r"its start .* has weights .* but the arm declares"):
+        train_step(work(start=other_model), FAST)
+
+
+def test_stale_reference_scores_are_caught_in_nats(work, pairs, other_model, tiny_model):
+    """FIELD.md, fact 5: scores of other weights under the right name. Only the log-probabilities tell."""
+    stale = score_pairs(pairs, other_model).with_columns(model_key=pl.lit(model_key(tiny_model)))
+    with pytest.raises(SdpoError, match=r"before the first update .* differs from the reference's by"):
+        train_step(work(scores=stale), FAST)
+    assert not work().out.exists()
+
+
+def test_scores_of_cut_answers_are_caught(work, pairs, tiny_model):
+    scores = score_pairs(pairs, tiny_model).with_columns(chosen_tokens=pl.col("chosen_tokens") - 1)
+    with pytest.raises(SdpoError, match=r"8 pair\(s\) .* were scored on other tokens .* Set train.max_length"):
+        train_step(work(scores=scores), FAST)
+
+
+def test_a_loss_that_is_not_finite_stops_the_step(work):
+    with pytest.raises(SdpoError, match=r"the loss is nan at update \d+. Lower train.learning_rate"):
+        train_step(work(), FAST.model_copy(update={"learning_rate": 1e38, "epochs": 2}))
+    assert not work().out.exists()

@@ -44,14 +44,14 @@ class Command:
     """What config.yaml is to hold: the old file, the recipe and the flags, merged."""
 
     def save(self, *sections: str) -> None:
-        """Merge these sections into RUN/config.yaml. Call it once their recipe has been accepted."""
-        merge_config(self.run, {name: self.file[name] for name in sections if name in self.file})
+        """Merge these sections, or all there are, into RUN/config.yaml. Call it once the work they ask for is done."""
+        merge_config(self.run, {name: self.file[name] for name in sections or self.file if name in self.file})
 
 
 def merge_config(run: Run, sections: dict[str, Any]) -> None:
     """Write `sections` over those in RUN/config.yaml, keeping the rest and its comments."""
     path = run.path / "config.yaml"
-    old = _read_yaml(path) if path.exists() else ruamel.yaml.CommentedMap()
+    old = _read_yaml(path, comments=True) if path.exists() else ruamel.yaml.CommentedMap()
     new = ruamel.yaml.CommentedMap(old)
     old.copy_attributes(new)
     for name, value in sections.items():
@@ -60,9 +60,9 @@ def merge_config(run: Run, sections: dict[str, Any]) -> None:
         else:
             new[name] = value
     text = io.StringIO()
-    _yaml().dump(new, text)
-    if not path.exists() or path.read_text() != text.getvalue():
-        write_atomically(path, lambda temporary: temporary.write_text(text.getvalue()))
+    ruamel.yaml.YAML(typ="rt").dump(new, text)
+    if not path.exists() or path.read_text(encoding="utf-8") != text.getvalue():
+        write_atomically(path, lambda temporary: temporary.write_text(text.getvalue(), encoding="utf-8"))
 
 
 def read_command(
@@ -155,8 +155,9 @@ def _box_as_sentence(prog: str) -> Iterator[None]:
     except SystemExit as exit_:
         if not exit_.code:  # --help
             raise
-        rows = (row.strip(" │") for row in drawn.getvalue().splitlines()[1:])
-        said = " ".join(itertools.takewhile(lambda row: not row.startswith(("─", "╰")), rows))
+        rows = [row.strip(" │") for row in drawn.getvalue().splitlines()[1:]]  # the first is a title
+        parts = itertools.groupby(rows, lambda row: bool(row.strip("─-╰╯")))  # cut at the rules
+        said = next(" ".join(part) for is_text, part in parts if is_text)
         raise SdpoError(f"{said.rstrip(' .')}. See {prog} --help.") from None
     sys.stderr.write(drawn.getvalue())
 
@@ -257,15 +258,11 @@ def _closest(name: str, names: list[str] | tuple[str, ...]) -> str:
     return (f"Did you mean {close[0]!r}? " if close else "") + f"It has: {', '.join(names)}."
 
 
-def _yaml() -> ruamel.yaml.YAML:
-    yaml = ruamel.yaml.YAML(typ="rt")  # round trip: keeps comments, makes no Python objects
-    yaml.default_flow_style = False
-    return yaml
-
-
-def _read_yaml(path: Path) -> Any:
+def _read_yaml(path: Path, *, comments: bool = False) -> Any:
+    """Read a YAML file as plain values, where a tag asking for an object is an error; or with comments, to write it."""
+    yaml = ruamel.yaml.YAML(typ="rt" if comments else "safe", pure=True)
     try:
-        content = _yaml().load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SdpoError(f"{path} cannot be read ({error.strerror}).") from None
     except (ruamel.yaml.error.YAMLError, UnicodeDecodeError) as error:
@@ -273,5 +270,5 @@ def _read_yaml(path: Path) -> Any:
     if content is None:
         return ruamel.yaml.CommentedMap()
     if not isinstance(content, dict):
-        raise SdpoError(f"{path} holds {type(content).__name__}, expected sections: {', '.join(SECTIONS)}.")
+        raise SdpoError(f"{path} holds a {type(content).__name__}, expected sections: {', '.join(SECTIONS)}.")
     return content

@@ -55,6 +55,8 @@ def encode_pairs(
         Deviation: there an answer that loses all its tokens is scored 0; here it is a problem.
     """
     pairs = check(pairs, PAIRS, "pairs")
+    if not tokenizer.chat_template and MESSAGES in pairs["format"]:
+        log.info("the tokenizer has no chat template: messages are written out as 'User: ...' and 'Assistant: ...'")
     prompts: list[str] = []
     chosen: list[str] = []
     rejected: list[str] = []
@@ -126,6 +128,8 @@ def _split(
         problem = f"over {max_length} tokens ({' and '.join(sides)})"
     elif truncated and boundary >= max_length:
         problem = f"prompt fills all {max_length} tokens"
+    elif boundary == 0:
+        problem = "no token of the prompt stands before the answers"  # nothing predicts their first token
     elif min(len(with_chosen), len(with_rejected)) == boundary:
         problem = "an answer has no token of its own"
     if truncation == "cut":

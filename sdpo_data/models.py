@@ -38,21 +38,33 @@ def load_model(name: str | Path, dtype: str = "float32") -> "tuple[PreTrainedMod
         dtype: of the weights in memory: float32, bfloat16 or float16.
 
     Raises:
-        SdpoError: there is no such model, or it is not one that can be loaded safely.
+        SdpoError: there is no such model, it is not one that can be loaded safely, or some of its
+            weights are not in its files (transformers would draw them at random).
     """
     import torch
     import transformers
+    from safetensors import SafetensorError
 
     folder = model_folder(str(name))
     transformers.utils.logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, local_files_only=True
+        model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
         )
         tokenizer = load_tokenizer(folder)
-    except (ValueError, KeyError, OSError) as error:
+    except (ValueError, KeyError, OSError, RuntimeError, SafetensorError) as error:
         raise SdpoError(f"Model {name} cannot be loaded from {folder}: {' '.join(str(error).split())[:300]}") from error
+    if missing := sorted(report["missing_keys"]):
+        raise SdpoError(
+            f"Model {name} lacks {len(missing)} of the weights of a {type(model).__name__}, e.g. {missing[0]}. "
+            f"Is {folder} complete, and a causal language model?"
+        )
     return model.to(device).eval(), tokenizer
 
 
@@ -73,12 +85,15 @@ def save_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", f
 def model_key(model: "PreTrainedModel | Path | str") -> str:
     """Name a model by what it computes: the same for a folder and for the model loaded from it.
 
-    A hash over the sorted (name, dtype, shape, bytes) of its tensors and its config. Tensors of
+    A hash over the sorted (name, dtype, shape, bytes) of its tensors and its config. Matrices of
     equal content count once, under the last of their names: so tied weights give one key whether
     or not both are in the file. Live and saved keys agree in the same dtype.
 
     Args:
         model: loaded model, folder, hub id or embedded:NAME. Folders are read without torch.
+
+    Raises:
+        SdpoError: there is no such folder, or its files cannot be read.
     """
     if isinstance(model, str | Path):
         return _key_of_folder(model_folder(str(model)))
@@ -92,10 +107,11 @@ def model_key(model: "PreTrainedModel | Path | str") -> str:
 def _key(config: dict[str, Any], tensors: Iterable[tuple[str, str, tuple[int, ...], Any]]) -> str:
     names: dict[tuple, str] = {}
     for name, dtype, shape, content in tensors:
-        same = (dtype, shape, xxhash.xxh3_128_hexdigest(content))
+        alone = name if len(shape) < 2 else ""  # vectors are not tied, but norms of ones are equal
+        same = (dtype, shape, xxhash.xxh3_128_hexdigest(content), alone)
         names[same] = max(name, names.get(same, ""))
     numbers = {key: value for key, value in config.items() if key not in NOT_NUMBERS}
-    rows = sorted([name, *same] for same, name in names.items())
+    rows = sorted([name, *same[:3]] for same, name in names.items())
     return hashlib.sha256(json.dumps([numbers, rows], sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -106,7 +122,10 @@ def _key_of_folder(folder: Path) -> str:
     stamp = json.dumps([importlib.metadata.version("transformers"), stats])
     memo = cache_folder() / "model_keys" / hashlib.sha256(stamp.encode()).hexdigest()
     if not memo.exists():
-        key = _key(_config_of_folder(folder), _tensors_of_folder(folder))
+        try:
+            key = _key(_config_of_folder(folder), _tensors_of_folder(folder))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise SdpoError(f"Model {folder} cannot be read: {' '.join(str(error).split())[:300]}") from error
         write_atomically(memo, lambda temporary: temporary.write_text(key))
     return memo.read_text()
 

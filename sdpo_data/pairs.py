@@ -7,8 +7,10 @@ id (`org/name`, or `org/name:split`), or embedded:NAME.
 import hashlib
 import json
 import logging
+import math
 import os
 import re
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -37,7 +39,8 @@ class PairsConfig(Settings):
     limit: int | None = pydantic.Field(None, ge=1)
     """Take at most this many pairs of each source, drawn by seed."""
     hold_out: float = pydantic.Field(0.05, ge=0, lt=1)
-    """Share of the prompts kept out of training, with all their pairs."""
+    """Share of the prompts kept out of training, with all their pairs. Each prompt is drawn on its own:
+    rows added later move none."""
     prompt_format: Literal["auto", "messages", "text"] = "auto"
     """Plain-text prompts: auto keeps them raw unless they have a system message or Human/Assistant
     turns; messages makes each a user message; text keeps even those with turns raw."""
@@ -84,29 +87,30 @@ def collect_pairs(config: PairsConfig) -> Collected:
     are dropped on both sides: so parts cut from the result are disjoint and consistent.
 
     Raises:
-        SdpoError: a source cannot be read, or nothing usable is left.
+        SdpoError: a source cannot be read or holds no usable pair, or nothing is left to train on.
     """
     pairs, dropped = [], []
-    for source in config.source:
-        kept, lost = _normalise(_rows(source), _source_name(source), config.prompt_format)
+    for source, name in _source_names(config.source).items():
+        kept, lost = _normalise(_rows(source), name, config.prompt_format)
+        if kept.is_empty():
+            raise SdpoError(f"pairs.source {source} gave no usable pair ({_counted(lost) or 'it is empty'}).")
         pairs.append(kept)
         dropped.append(lost)
     everything = pl.concat(pairs)
-    if everything.is_empty():
-        reasons = pl.concat(dropped)["reason"].value_counts(sort=True).rows()
-        raise SdpoError(
-            f"pairs.source {', '.join(config.source)} gave no usable pair"
-            f" ({', '.join(f'{n} rows: {reason}' for reason, n in reasons) or 'it is empty'})."
-        )
     everything = everything.with_columns(reason=_conflicts(everything))
     if config.limit is not None:
         everything = everything.with_columns(reason=_beyond_limit(everything, config.limit, config.seed))
     dropped.append(_as_dropped(everything.filter(pl.col("reason").is_not_null())))
-    kept = everything.filter(pl.col("reason").is_null())
-    prompts = sorted(kept["prompt_id"].unique(), key=lambda i: _draw(i, config.seed))
-    held = prompts[: round(config.hold_out * len(prompts))]
+    kept, lost = everything.filter(pl.col("reason").is_null()), pl.concat(dropped)
+    held = [prompt for prompt in kept["prompt_id"].unique() if _share(prompt, config.seed) < config.hold_out]
     out = pl.col("prompt_id").is_in(held)
-    return Collected(kept.filter(~out).select(list(PAIRS)), kept.filter(out).select(list(PAIRS)), pl.concat(dropped))
+    collected = Collected(kept.filter(~out).select(list(PAIRS)), kept.filter(out).select(list(PAIRS)), lost)
+    if collected.pairs.is_empty():
+        raise SdpoError(
+            f"pairs.source {', '.join(config.source)} leaves no pair to train on: pairs.hold_out {config.hold_out:g} "
+            f"keeps {collected.held_out.height} out, dropped are {_counted(lost) or 'none'}."
+        )
+    return collected
 
 
 def make_pairs(call: Command) -> pl.DataFrame:
@@ -117,7 +121,6 @@ def make_pairs(call: Command) -> pl.DataFrame:
     with call.run.stage("pairs", recipe, force=call.force) as stage:
         if stage.current:
             return call.run.pairs
-        call.save("model", "pairs")
         collected = collect_pairs(config)
         stage.write("held_out", collected.held_out)
         call.run.replace_dropped("pairs", collected.dropped)
@@ -135,6 +138,7 @@ def main() -> None:
     call = read_command("python -m sdpo_data.pairs", __doc__, "pairs", {"pairs": PairsConfig})
     made = call.run.lineage.get("pairs")
     pairs = make_pairs(call)
+    call.save()
     if call.run.lineage["pairs"] == made:
         say(f"up to date: {call.run.path / 'pairs.parquet'}")
         return
@@ -159,7 +163,7 @@ def _rows(source: str) -> list[dict[str, Any] | str]:
         return _arrow_folder(path)
     if path.is_file():
         return _file_rows(path)
-    if path.suffix or path.is_absolute() or source.count("/") != 1:
+    if path.suffix[1:].isalpha() or path.is_absolute() or source.count("/") != 1:  # a hub id may end in -v0.1
         raise SdpoError(
             f"pairs.source {source!r} is neither a file nor a hub dataset. Give a path ending in one of "
             f"{', '.join(SUFFIXES)}, a hub id such as trl-lib/ultrafeedback_binarized, or embedded:alpaca-eval."
@@ -182,7 +186,9 @@ def _file_rows(path: Path) -> list[dict[str, Any] | str]:
         return (
             pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, infer_schema=False)
         ).to_dicts()
-    except (pl.exceptions.PolarsError, json.JSONDecodeError, UnicodeDecodeError, OSError, EOFError) as error:
+    except (pl.exceptions.PolarsError, ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
+        if isinstance(error, SdpoError):
+            raise
         raise SdpoError(f"pairs.source {path} cannot be read ({' '.join(str(error).split())[:200]}).") from None
 
 
@@ -225,6 +231,7 @@ def _normalise(rows: list[dict[str, Any] | str], source: str, prompt_format: str
         content = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
         content = content.encode(errors="replace").decode()[:CONTENT_SHOWN]
         name = str(row.get("source") or source) if isinstance(row, dict) else source
+        name = name.encode(errors="replace").decode()
         try:
             kept.append(
                 {**_pair(row, prompt_format), "source": name, "origin": source, "row": number, "content": content}
@@ -237,7 +244,7 @@ def _normalise(rows: list[dict[str, Any] | str], source: str, prompt_format: str
 
 def _pair(row: dict[str, Any] | str, prompt_format: str) -> dict[str, Any]:
     """Make one pair of a raw row, or say why not."""
-    if isinstance(row, str):
+    if not isinstance(row, dict):
         raise _UnusableError("not a JSON object")
     fields = next((read(row) for detect, read in FORMS if detect(row)), None)
     if fields is None:
@@ -249,7 +256,7 @@ def _pair(row: dict[str, Any] | str, prompt_format: str) -> dict[str, Any]:
     if fields["chosen"] == fields["rejected"]:
         raise _UnusableError("identical answers")
     system = fields.get("system") or None
-    texts = [fields[name] if isinstance(fields[name], str) else json.dumps(fields[name], ensure_ascii=False)
+    texts = [fields[name] if isinstance(fields[name], str) else _as_json(fields[name])
              for name in ("prompt", "chosen", "rejected")]  # fmt: skip
     try:
         return {
@@ -274,7 +281,9 @@ def _as_messages(fields: dict[str, Any], prompt_format: str) -> dict[str, Any]:
     if not any(texts):
         first, *rest = prompt or [{}]
         if first.get("role") == "system":
-            return {**fields, "prompt": rest, "system": first.get("content")}
+            if fields.get("system") not in (None, "", first["content"]):
+                raise _UnusableError("two system messages")
+            return {**fields, "prompt": rest, "system": first["content"]}
         return fields
     if not all(texts) and isinstance(prompt, str):
         return _as_messages({**fields, "prompt": [{"role": "user", "content": prompt}]}, prompt_format)
@@ -286,6 +295,8 @@ def _as_messages(fields: dict[str, Any], prompt_format: str) -> dict[str, Any]:
     if not turns and (prompt_format == "messages" or (prompt_format == "auto" and fields.get("system"))):
         turns = [{"role": "user", "content": prompt}]
     if not turns:
+        if fields.get("system"):
+            raise _UnusableError("a system message beside plain text")
         return fields
     return {
         **fields,
@@ -303,6 +314,14 @@ def _turns(prompt: str) -> list[dict[str, str]] | None:
     texts = TURN.split(prompt)[1:]
     roles = ["user" if mark.startswith("\n\nHuman") else "assistant" for mark in marks]
     return [{"role": role, "content": text.strip()} for role, text in zip(roles[:-1], texts[:-1], strict=True)]
+
+
+def _own(row: dict[str, Any]) -> dict[str, Any]:
+    """Read a row of PAIRS itself, whose messages are JSON text."""
+    try:
+        return _explicit(row | {name: json.loads(row[name]) for name in ("prompt", "chosen", "rejected")})
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise _UnusableError("its format says messages, but they are not JSON") from None
 
 
 def _explicit(row: dict[str, Any]) -> dict[str, Any]:
@@ -330,7 +349,7 @@ def _implicit(row: dict[str, Any]) -> dict[str, Any]:
     if isinstance(chosen, str) and isinstance(rejected, str):
         shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 - character by character is meant
         mark = shared.rfind("\n\nAssistant:")
-        end = mark + len("\n\nAssistant:") if mark >= 0 else shared.rfind(" ") + 1
+        end = mark + len("\n\nAssistant:") if mark >= 0 else max(shared.rfind(" "), 0)  # a word's token has its blank
         return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
     if not _are_messages(chosen) or not _are_messages(rejected):
         raise _UnusableError("no prompt, and the answers are neither text nor lists of messages")
@@ -340,31 +359,37 @@ def _implicit(row: dict[str, Any]) -> dict[str, Any]:
 
 def _judged(row: dict[str, Any]) -> dict[str, Any]:
     """Read an annotation of AlpacaEval: two outputs, and which of them the judge preferred."""
-    if row["preference"] not in (1, 2):
+    preference = _number(row["preference"])
+    if preference not in (1, 2):
         raise _UnusableError("tie")
     outputs = row["output_1"], row["output_2"]
-    chosen, rejected = outputs if row["preference"] == 1 else outputs[::-1]
-    question = "\n\n".join(part for part in (row["instruction"], row.get("input")) if part)
-    return _instruction(question, chosen, rejected)
+    chosen, rejected = outputs if preference == 1 else outputs[::-1]
+    return _instruction([row["instruction"], row.get("input")], chosen, rejected)
 
 
 def _physical(row: dict[str, Any]) -> dict[str, Any]:
     """Read a question of PIQA: the right solution against the wrong one."""
-    if row["label"] not in (0, 1):
+    label = _number(row["label"])
+    if label not in (0, 1):
         raise _UnusableError("no label")
     solutions = row["sol1"], row["sol2"]
-    return _instruction(row["goal"], solutions[row["label"]], solutions[1 - row["label"]])
+    return _instruction([row["goal"]], solutions[int(label)], solutions[1 - int(label)])
 
 
-def _instruction(question: Any, chosen: Any, rejected: Any) -> dict[str, Any]:
+def _instruction(question: list[Any], chosen: Any, rejected: Any) -> dict[str, Any]:
+    question = [part for part in question if part]
+    for name, parts in (("prompt", question), ("chosen", [chosen or ""]), ("rejected", [rejected or ""])):
+        if not all(isinstance(part, str) for part in parts):
+            raise _UnusableError(f"{name} is not text")
     return {
-        "prompt": [{"role": "user", "content": question}] if question else [],
-        "chosen": [{"role": "assistant", "content": chosen}] if chosen else [],
-        "rejected": [{"role": "assistant", "content": rejected}] if rejected else [],
+        "prompt": [{"role": "user", "content": "\n\n".join(question)}],
+        "chosen": [{"role": "assistant", "content": chosen or ""}],
+        "rejected": [{"role": "assistant", "content": rejected or ""}],
     }
 
 
 FORMS: list[tuple[Callable[[dict], bool], Callable[[dict], dict[str, Any]]]] = [
+    (lambda row: "pair_id" in row and row.get("format") == MESSAGES, _own),
     (lambda row: {"chosen", "rejected"} <= row.keys() and row.get("prompt") is not None, _explicit),
     (lambda row: {"chosen", "rejected"} <= row.keys() and "prompt" not in row, _implicit),
     (lambda row: {"instruction", "output_1", "output_2", "preference"} <= row.keys(), _judged),
@@ -375,9 +400,9 @@ FORMS: list[tuple[Callable[[dict], bool], Callable[[dict], dict[str, Any]]]] = [
 
 def _conflicts(pairs: pl.DataFrame) -> pl.Expr:
     """Reason a pair cannot stay beside the others: "contradiction", "duplicate" or null."""
-    one_way = pl.col("prompt_id") + pl.min_horizontal("chosen", "rejected") + pl.max_horizontal("chosen", "rejected")
+    same_two = ("prompt_id", pl.min_horizontal("chosen", "rejected"), pl.max_horizontal("chosen", "rejected"))
     return (
-        pl.when(pl.col("chosen").n_unique().over(one_way) > 1)
+        pl.when(pl.col("chosen").n_unique().over(*same_two) > 1)
         .then(pl.lit("contradiction"))
         .when(pl.col("pair_id").is_first_distinct().not_())
         .then(pl.lit("duplicate"))
@@ -418,10 +443,26 @@ def _has_text(part: Any) -> bool:
 
 
 def _rating(row: dict[str, Any], side: str) -> float | None:
-    for name in (f"rating_{side}", f"score_{side}", f"{side}_score", f"{side}_rating"):
-        if isinstance(value := row.get(name), int | float):
-            return float(value)
-    return None
+    names = (f"rating_{side}", f"score_{side}", f"{side}_score", f"{side}_rating")
+    return next((value for name in names if (value := _number(row.get(name))) is not None), None)
+
+
+def _number(value: Any) -> float | None:
+    """Read a finite number, in CSV from its text."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _as_json(messages: list[dict[str, Any]]) -> str:
+    """Write messages down the same way whatever the order of their keys and the nulls a table fills in."""
+    ordered = [
+        {key: m[key] for key in sorted(m, key=lambda key: (key != "role", key != "content", key)) if m[key] is not None}
+        for m in messages
+    ]
+    return json.dumps(ordered, ensure_ascii=False, default=str)
 
 
 def _hash(*parts: str | None) -> str:
@@ -432,6 +473,21 @@ def _hash(*parts: str | None) -> str:
 def _draw(identity: str, seed: int) -> str:
     """Order ids at random but for good: adding rows does not move the others."""
     return hashlib.blake2b(f"{seed}:{identity}".encode(), digest_size=16).hexdigest()
+
+
+def _share(identity: str, seed: int) -> float:
+    """Place an id at random, but for good, in [0, 1)."""
+    return int(_draw(identity, seed), 16) / 2**128
+
+
+def _counted(dropped: pl.DataFrame) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in dropped["reason"].value_counts(sort=True).rows())
+
+
+def _source_names(sources: Sequence[str]) -> dict[str, str]:
+    """Name each source by its file, or as it was given where two files have one name."""
+    names = {source: _source_name(source) for source in sources}
+    return {source: name if list(names.values()).count(name) == 1 else source for source, name in names.items()}
 
 
 def _source_name(source: str) -> str:

@@ -59,20 +59,20 @@ def partition_pairs(scores: pl.DataFrame, config: PartitionConfig | None = None)
     """
     config = config or PartitionConfig()
     scores = check(scores, SCORES, "scores")
-    bad = scores.filter(~LOGP_MARGIN.is_finite())
+    difficulty = difficulty_named(config.difficulty)
+    bad = scores.filter(~(LOGP_MARGIN.is_finite() & difficulty.expression.is_finite()))
     if bad.height:
         raise SdpoError(
-            f"{bad.height} of {scores.height} pairs have a non-finite log-probability, e.g. pair_id "
-            f"{bad['pair_id'][0]!r}. Score again in float32, or drop them."
+            f"{bad.height} of {scores.height} pairs have a non-finite log-probability or an answer of 0 tokens, e.g. "
+            f"pair_id {bad['pair_id'][0]!r}. Score again in float32, or drop them."
         )
-    difficulty = difficulty_named(config.difficulty)
     if config.by == "pair" and not difficulty.single_pairs:
         raise SdpoError(
             f"partition.difficulty {config.difficulty!r} is a share over many pairs and cannot rank single ones. "
             "Set partition.by to 'source', or partition.difficulty to 'margin_per_token'."
         )
     unit = {"pair": "pair_id", "source": "source"}[config.by]
-    units = scores.group_by(unit).agg(difficulty=difficulty.expression.mean()).sort("difficulty", unit)
+    units = scores.sort("pair_id").group_by(unit).agg(difficulty=difficulty.expression.mean()).sort("difficulty", unit)
     if units.height < config.parts:
         remedy = ", or set partition.by to 'pair'" if config.by == "source" else ""
         raise SdpoError(
@@ -110,9 +110,7 @@ def make_partition(call: Command, scores: pl.DataFrame) -> pl.DataFrame:
     with call.run.stage("partition", config.model_dump(), ["scores"], force=call.force) as stage:
         if stage.current:
             return call.run.partition
-        partition = partition_pairs(scores, config)
-        call.save("model", "partition")
-        return stage.write("partition", partition)
+        return stage.write("partition", partition_pairs(scores, config))
 
 
 def main() -> None:
@@ -122,6 +120,7 @@ def main() -> None:
     made = call.run.lineage.get("partition")
     scores = make_scores(call, make_pairs(call))
     partition = make_partition(call, scores)
+    call.save()
     if call.run.lineage["partition"] == made:
         say(f"up to date: {call.run.path / 'partition.parquet'}")
         return

@@ -109,7 +109,7 @@ class Run:
         """What made each table: unit -> recipe, inputs, versions, commit, host, seconds, time."""
         path = self.path / "lineage.json"
         try:
-            return json.loads(path.read_text()) if path.exists() else {}
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         except (OSError, ValueError) as error:
             raise SdpoError(f"{path} cannot be read ({error}). Delete it; the tables are then made anew.") from None
 
@@ -236,7 +236,7 @@ class Run:
         }
         with self._lock():
             text = json.dumps(self.lineage | {name: entry}, indent=1, ensure_ascii=False)
-            write_atomically(self.path / "lineage.json", lambda temporary: temporary.write_text(text))
+            write_atomically(self.path / "lineage.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def _lock(self) -> filelock.BaseFileLock:
         self.path.mkdir(parents=True, exist_ok=True)

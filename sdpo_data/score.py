@@ -1,12 +1,12 @@
 """Score every pair under one model: the log-probabilities of both answers, reference-free."""
 
-import inspect
 import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import polars as pl
 import pydantic
 
@@ -16,10 +16,10 @@ from sdpo_data.difficulty import describe_scores
 from sdpo_data.encode import Truncation, encode_pairs
 from sdpo_data.models import load_model, load_tokenizer, model_key
 from sdpo_data.pairs import PairsConfig, make_pairs
+from sdpo_data.prefix import score_completions
 from sdpo_data.tables import DROPPED, PAIRS, SCORES, SdpoError
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     Model = str | Path | PreTrainedModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -34,8 +34,8 @@ class ScoreConfig(Settings):
     """Longest prompt + answer, tokens."""
     truncation: Truncation = "drop"
     """A pair with a longer side: drop it (counted), or cut that answer's end as TRL does."""
-    token_budget: int = pydantic.Field(2048, ge=1)
-    """Tokens per batch, padding included. Changes speed and memory, not the numbers."""
+    token_budget: int = pydantic.Field(512, ge=1)
+    """Tokens per packed row. Changes speed and memory; the numbers only within float noise."""
 
 
 def score_pairs(pairs: pl.DataFrame, model: "Model", config: ScoreConfig | None = None) -> pl.DataFrame:
@@ -67,7 +67,9 @@ def score_and_drop(pairs: pl.DataFrame, model: "Model", config: ScoreConfig) -> 
     if usable.is_empty():
         reason = encoded["problem"][0] if encoded.height else "there is none"
         raise SdpoError(f"None of {encoded.height} pairs can be scored: {reason}. Raise score.max_length?")
-    scores = score_encoded(usable, loaded, config.token_budget).join(pairs.select("pair_id", "source"), on="pair_id")
+    scores = score_encoded(usable, loaded, config.token_budget).join(
+        pairs.select("pair_id", "source"), on="pair_id", maintain_order="left"
+    )
     scores = scores.with_columns(model_key=pl.lit(key), dtype=pl.lit(str(loaded.dtype)[6:]))
     return scores.select(list(SCORES)), _as_dropped(encoded, pairs)
 
@@ -78,7 +80,7 @@ def score_encoded(encoded: pl.DataFrame, model: "PreTrainedModel", token_budget:
     Args:
         encoded: ENCODED frame without problems.
         model: loaded model, in eval mode.
-        token_budget: tokens per batch, padding included.
+        token_budget: tokens per packed row.
 
     Returns:
         pair_id, chosen_logp and rejected_logp (nats), the three token counts, and truncated.
@@ -112,34 +114,22 @@ def score_encoded(encoded: pl.DataFrame, model: "PreTrainedModel", token_budget:
 def completion_logps(
     model: "PreTrainedModel", sequences: Sequence[tuple[list[int], int]], token_budget: int
 ) -> list[float]:
-    """Sum the log-probabilities of each sequence's tokens from `start` on.
-
-    Batches hold sequences of like length, the longest first, so that memory runs out at the
-    beginning or never; the head is computed only from the first completion token of the batch on.
+    """Sum the log-probabilities of each sequence's tokens from `start` on, with a progress bar.
 
     Args:
         model: loaded causal LM, in eval mode.
-        sequences: (token ids, start); 1 <= start < len(ids): the first token is never predicted.
-        token_budget: tokens per batch, padding included.
+        sequences: (token ids, start), see `prefix.score_completions`.
+        token_budget: tokens per packed row.
 
     Returns:
-        One sum per sequence, nats, in the order given; accumulated in float32.
+        One sum per sequence, nats, in the order given.
     """
-    import torch
-
-    impossible = [row for row, (ids, start) in enumerate(sequences) if not 1 <= start < len(ids)]
-    if impossible:
-        raise ValueError(f"Sequence {impossible[0]} has no completion token after a first token: nothing to score.")
-    order = sorted(range(len(sequences)), key=lambda row: (-len(sequences[row][0]), row))
     logps = [0.0] * len(sequences)
-    with torch.inference_mode(), progress("score", len(sequences), "answers") as advance:
-        while order:
-            size = max(1, token_budget // len(sequences[order[0]][0]))
-            batch, order = order[:size], order[size:]
-            sums = _batch_logps(model, [sequences[row] for row in batch])
-            for row, value in zip(batch, sums.tolist(), strict=True):
-                logps[row] = value
-            advance(len(batch))
+    with progress("score", len(sequences), "answers") as advance:
+        for places, completions in score_completions(model, sequences, token_budget):
+            for place, completion in zip(places, completions, strict=True):
+                logps[place] = float(completion.logps.sum(dtype=np.float64))
+            advance(len(places))
     return logps
 
 
@@ -151,7 +141,6 @@ def make_scores(call: Command, pairs: pl.DataFrame) -> pl.DataFrame:
     with call.run.stage("scores", recipe, ["pairs"], force=call.force) as stage:
         if stage.current:
             return call.run.scores
-        call.save("model", "score")
         started = time.monotonic()
         scores, dropped = score_and_drop(pairs, call.model, config)
         call.run.replace_dropped("score", dropped)
@@ -166,6 +155,7 @@ def main() -> None:
     call = read_command("python -m sdpo_data.score", __doc__, "score", sections)
     made = call.run.lineage.get("scores")
     scores = make_scores(call, make_pairs(call))
+    call.save()
     if call.run.lineage["scores"] == made:
         say(f"up to date: {call.run.path / 'scores.parquet'}")
         return
@@ -192,28 +182,6 @@ def _as_dropped(encoded: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
         )
         .select(list(DROPPED))
     )
-
-
-def _batch_logps(model: "PreTrainedModel", batch: list[tuple[list[int], int]]) -> "torch.Tensor":
-    """Score sequences side by side, padded on the right: (batch,), nats."""
-    import torch
-
-    length = max(len(ids) for ids, _ in batch)
-    keep = length - min(start for _, start in batch) + 1  # positions whose logits predict a completion token
-    ids = torch.tensor([ids + [0] * (length - len(ids)) for ids, _ in batch], device=model.device)  # (batch, length)
-    mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in batch], device=model.device)
-    kept = {"logits_to_keep": keep} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **kept).logits[
-        :, -keep:-1
-    ]  # (batch, keep - 1, vocab)
-    targets = ids[:, length - keep + 1 :]  # (batch, keep - 1)
-    sums = []
-    for row, (tokens, start) in enumerate(batch):
-        first, end = start - (length - keep + 1), len(tokens) - (length - keep + 1)
-        sums.append(
-            -torch.nn.functional.cross_entropy(logits[row, first:end].float(), targets[row, first:end], reduction="sum")
-        )
-    return torch.stack(sums)
 
 
 if __name__ == "__main__":

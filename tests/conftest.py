@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 from sdpo_data.pairs import read_pairs
+from sdpo_data.tables import SCORES
 
 ROOT = Path(__file__).parent.parent
 SHARED = Path(os.environ.get("SDPO_SHARED_DATA", ROOT.parent / "shared" / "data"))
@@ -73,6 +74,25 @@ def pair_file(tmp_path) -> Path:
 @pytest.fixture
 def pairs(pair_file) -> pl.DataFrame:
     return read_pairs(pair_file)
+
+
+@pytest.fixture
+def scores() -> pl.DataFrame:
+    """Five scored pairs that every definition of difficulty ranks in its own way.
+
+    margins, nats: a +1, b -3, c +1, d -9, e +4 (a and c tie)
+    per token: a -10/4 + 11/2 = +3, b -12/4 + 9/3 = 0, c -8/2 + 9/3 = -1, d -24/12 + 15/5 = +1,
+    e -5/1 + 9/4 = -2.75
+    reward accuracy prefers chat (2/3) to math (1/2); the mean margin math (-1) to chat (-4/3).
+    """
+    rows = [
+        ("a", "math", "key", -10.0, -11.0, 4, 2, 7, False, "float32"),
+        ("b", "math", "key", -12.0, -9.0, 4, 3, 8, False, "float32"),
+        ("c", "chat", "key", -8.0, -9.0, 2, 3, 9, False, "float32"),
+        ("d", "chat", "key", -24.0, -15.0, 12, 5, 10, True, "float32"),
+        ("e", "chat", "key", -5.0, -9.0, 1, 4, 11, False, "float32"),
+    ]
+    return pl.DataFrame(rows, SCORES, orient="row")
 
 
 @pytest.fixture

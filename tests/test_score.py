@@ -13,54 +13,15 @@ from sdpo_data.pairs import read_pairs
 from sdpo_data.score import ScoreConfig, completion_logps, score_and_drop, score_pairs
 from sdpo_data.tables import SCORES, SdpoError, check
 
-# Probability of token j after token i, over a vocabulary of four. No two rows are alike, so
-# reading the wrong position gives the wrong answer.
-NEXT = torch.tensor([
-    [1 / 2, 1 / 4, 1 / 8, 1 / 8],
-    [1 / 8, 1 / 2, 1 / 4, 1 / 8],
-    [1 / 8, 1 / 8, 1 / 2, 1 / 4],
-    [1 / 4, 1 / 4, 1 / 4, 1 / 4],
-])  # fmt: skip
 
-
-class Bigram:
-    """A causal LM one can compute by hand: what follows depends on the last token only."""
-
-    device = "cpu"
-
-    def forward(self, input_ids, attention_mask, use_cache, logits_to_keep=0):
-        class Output:
-            logits = NEXT[input_ids].log()[:, -logits_to_keep:]
-
-        return Output
-
-    __call__ = forward
-
-
-def test_completion_logps_by_hand():
-    sequences = [
-        ([3, 0, 1, 2], 1),  # 0 after 3: 1/4, 1 after 0: 1/4, 2 after 1: 1/4        = -6 ln 2
-        ([0, 0, 1], 2),  # 1 after 0: 1/4                                           = -2 ln 2
-        ([2, 2, 2, 2, 1, 0], 3),  # 2 after 2: 1/2, 1 after 2: 1/8, 0 after 1: 1/8  = -7 ln 2
-    ]
-    for budget in (1, 12, 100):  # one by one, two by two, all at once
-        got = completion_logps(Bigram(), sequences, budget)
-        assert got == pytest.approx([-6 * math.log(2), -2 * math.log(2), -7 * math.log(2)], abs=1e-5)
-
-
-def test_a_sequence_without_a_completion_is_never_scored_zero():
-    with pytest.raises(ValueError, match="Sequence 1 has no completion token"):
-        completion_logps(Bigram(), [([0, 1], 1), ([0, 1], 2)], 8)
-
-
-def test_batches_do_not_change_the_numbers(tiny_model, pairs):
+def test_rows_do_not_change_the_numbers(tiny_model, pairs):
     model, tokenizer = load_model(tiny_model)
     encoded = encode_pairs(pairs, tokenizer, 256, "drop")
     for side in ("chosen", "rejected"):
         sequences = [(p + a, len(p)) for p, a in encoded.select("prompt_ids", f"{side}_ids").iter_rows()]
-        together = completion_logps(model, sequences, 4096)
-        for sequence, logp in zip(sequences, together, strict=True):
-            assert logp == pytest.approx(plain_logp(model, *sequence), abs=1e-4)
+        for budget in (1, 200, 4096):  # one by one, some together, all in one row
+            for sequence, logp in zip(sequences, completion_logps(model, sequences, budget), strict=True):
+                assert logp == pytest.approx(plain_logp(model, *sequence), abs=1e-4)
 
 
 def plain_logp(model, ids, start):
@@ -124,27 +85,24 @@ def test_scores_equal_trls_reference_pass(shared_data, tmp_path):
     from sdpo_data.assets import model_folder
 
     folder = model_folder("embedded:smollm2-135m")
-    both = [read_pairs(shared_data / f"prefs/{name}") for name in
-            ("orca_dpo_sample/validation.jsonl.gz", "ultrafeedback_sample/train.jsonl.gz")]  # fmt: skip
-    pairs = pl.concat(
-        frame.filter(pl.sum_horizontal(pl.col("prompt", "chosen", "rejected").str.len_chars()) < 1500).head(16)
-        for frame in both
-    )
-    assert pairs.height == 32
-    ours = score_pairs(pairs, folder, ScoreConfig(max_length=1024))
-    model, tokenizer = load_model(folder)
-    trainer = DPOTrainer(
-        model=model,
-        args=DPOConfig(
-            output_dir=str(tmp_path), precompute_ref_log_probs=True, max_length=1024, bf16=False, report_to="none",
-            per_device_train_batch_size=2, disable_tqdm=True,
-        ),
-        train_dataset=datasets.Dataset.from_list([trl_row(row) for row in pairs.iter_rows(named=True)]),
-        processing_class=tokenizer,
-    )  # fmt: skip
-    for side in ("chosen", "rejected"):
-        theirs = pl.Series(trainer.train_dataset[f"ref_{side}_logps"][:], dtype=pl.Float64)
-        assert (ours[f"{side}_logp"] - theirs).abs().max() < 1e-3
+    for name in ("orca_dpo_sample/validation.jsonl.gz", "ultrafeedback_sample/train.jsonl.gz"):  # messages, plain text
+        short = pl.sum_horizontal(pl.col("prompt", "chosen", "rejected").str.len_chars()) < 1500
+        pairs = read_pairs(shared_data / "prefs" / name).filter(short).head(16)
+        assert pairs.height == 16
+        ours = score_pairs(pairs, folder)
+        model, tokenizer = load_model(folder)
+        trainer = DPOTrainer(
+            model=model,
+            args=DPOConfig(
+                output_dir=str(tmp_path), precompute_ref_log_probs=True, max_length=1024, bf16=False,
+                activation_checkpointing=False, report_to="none", per_device_train_batch_size=2, disable_tqdm=True,
+            ),
+            train_dataset=datasets.Dataset.from_list([trl_row(row) for row in pairs.iter_rows(named=True)]),
+            processing_class=tokenizer,
+        )  # fmt: skip
+        for side in ("chosen", "rejected"):
+            theirs = pl.Series(trainer.train_dataset[f"ref_{side}_logps"][:], dtype=pl.Float64)
+            assert (ours[f"{side}_logp"] - theirs).abs().max() < 1e-3
 
 
 def trl_row(row: dict) -> dict:

@@ -61,7 +61,10 @@ def test_plain_dpo_is_one_step_over_all_pairs_from_the_base(inputs, tmp_path):
     pairs, partition, base = inputs
     fake = FakeStep()
     run_sdpo(pairs, partition, base, tmp_path, config=TrainConfig(arms=["dpo"], seeds=[0, 1]), train_step=fake)
-    assert [(work.seed, work.step, work.start, work.pairs.height) for work in fake.seen] == [(0, 1, base, 8), (1, 1, base, 8)]
+    assert [(work.seed, work.step, work.start, work.pairs.height) for work in fake.seen] == [
+        (0, 1, base, 8),
+        (1, 1, base, 8),
+    ]
     orders = [work.pairs["pair_id"].to_list() for work in fake.seen]
     assert orders[0] != orders[1]
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(pairs["pair_id"])

@@ -1,0 +1,120 @@
+"""What a report is built of. Numbers stay numbers in here; render.py makes them text."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from sdpo_eval.plots import NORMAL_95, Figure
+
+
+def write_number(value: float) -> str:
+    """Write a float: 0.6931, −12.3, 2.1 × 10⁻⁵."""
+    if 0 < abs(value) < 5e-4:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        return f"{mantissa.replace('-', '−')} × 10{str(int(exponent)).translate(_RAISED)}"
+    return f"{value:,.{4 if abs(value) < 10 else 1}f}".replace("-", "−")
+
+
+_RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number, its standard error, and how many observations are behind it."""
+
+    value: float
+    stderr: float | None
+    n: int
+    digits: int = 1
+    signed: bool = False
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """Of 95 %, by the normal distribution; None where there is no standard error."""
+        if self.stderr is None:
+            return None
+        return self.value - NORMAL_95 * self.stderr, self.value + NORMAL_95 * self.stderr
+
+    @property
+    def interval_shown(self) -> str:
+        ends = self.interval
+        return "unknown" if ends is None else f"[{', '.join(self._written(end) for end in ends)}]"
+
+    @property
+    def number(self) -> str:
+        return self._written(self.value) + ("" if self.stderr is None else f" ± {self.stderr:,.{self.digits}f}")
+
+    def _written(self, value: float) -> str:
+        return f"{value:{'+' if self.signed else ''},.{self.digits}f}".replace("-", "−")
+
+    def __str__(self) -> str:
+        return f"{self.number} (n = {self.n:,})"
+
+
+@dataclass(frozen=True)
+class Prose:
+    kind: ClassVar = "prose"
+    text: str
+    loud: bool = False
+    """Stands out: what a reader must not miss."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What is not there yet, and the command that adds it."""
+
+    kind: ClassVar = "missing"
+    text: str
+    command: str
+
+
+@dataclass(frozen=True)
+class Table:
+    kind: ClassVar = "table"
+    name: str
+    title: str
+    rows: list[dict[str, Any]]
+    """Cells are str, int, float, None or Estimate; the keys, `_` as blanks, are the heads."""
+    units: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(column for row in self.rows for column in row))
+
+    def is_numeric(self, column: str) -> bool:
+        return any(isinstance(row.get(column), int | float | Estimate) for row in self.rows)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    kind: ClassVar = "drawing"
+    name: str
+    chart: Figure
+
+
+@dataclass(frozen=True)
+class Quotes:
+    """Pairs of the data, word for word."""
+
+    kind: ClassVar = "quotes"
+    title: str
+    pairs: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """Text that is read line by line: commands, settings, checksums."""
+
+    kind: ClassVar = "listing"
+    title: str
+    text: str
+    folded: bool = True
+
+
+Block = Prose | Missing | Table | Drawing | Quotes | Listing
+
+
+@dataclass(frozen=True)
+class Section:
+    name: str
+    title: str
+    blocks: list[Block]

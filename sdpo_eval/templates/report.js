@@ -1,0 +1,62 @@
+(() => {
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const root = document.documentElement;
+  const errors = [];
+  const note = (error) => { errors.push(String(error)); root.dataset.errors = JSON.stringify(errors); };
+  addEventListener("error", (event) => note(event.message));
+  addEventListener("unhandledrejection", (event) => note(event.reason));
+  document.addEventListener("securitypolicyviolation", (event) => note(`${event.violatedDirective}: ${event.blockedURI}`));
+
+  // Panels stand side by side where there is room; colours keep away from the end that the paper swallows.
+  function fit(spec, width) {
+    if (spec.facet) {
+      const columns = width < 560 ? 1 : Math.min(spec.columns, panels(spec));
+      const axes = spec.resolve?.scale?.y === "independent" ? columns : 1;
+      spec.columns = columns;
+      spec.spec.width = Math.floor((width - 52 * axes - 24 * (columns - 1) - 8) / columns);
+    } else {
+      spec.width = width - 4;
+      spec.autosize = { type: "fit-x", contains: "padding" };
+    }
+    return JSON.parse(JSON.stringify(spec), (key, value) =>
+      key === "scheme" && value.name === "viridis" ? { name: "viridis", extent: dark.matches ? [0.2, 1] : [0, 0.9] } : value);
+  }
+
+  function panels(spec) {
+    return new Set(spec.datasets[spec.data.name].map((row) => row[spec.facet.field])).size;
+  }
+
+  async function draw(figure) {
+    const place = figure.querySelector(".drawing");
+    const spec = JSON.parse(figure.querySelector("script").textContent);
+    try {
+      await vegaEmbed(place, fit(spec, place.clientWidth), {
+        mode: "vega-lite", renderer: "svg", ast: true, tooltip: { theme: dark.matches ? "dark" : "light" },
+        actions: false, defaultStyle: false,
+      });
+      figure.dataset.drawn = "yes";
+    } catch (error) {
+      note(error);
+      place.className = "failed";
+      place.textContent = `This figure could not be drawn: ${error}`;
+    }
+  }
+
+  const drawAll = () => Promise.all([...document.querySelectorAll("figure")].map(draw)).then(() => { root.dataset.ready = "yes"; });
+  let width = innerWidth, later;
+  addEventListener("resize", () => {
+    if (innerWidth === width) return;
+    width = innerWidth;
+    clearTimeout(later);
+    later = setTimeout(drawAll, 200);
+  });
+  dark.addEventListener("change", drawAll);
+
+  let shut = [];
+  addEventListener("beforeprint", () => {
+    shut = [...document.querySelectorAll("main > section > details:not([open])")];
+    shut.forEach((part) => { part.open = true; });
+  });
+  addEventListener("afterprint", () => shut.forEach((part) => { part.open = false; }));
+  drawAll();
+})();

@@ -1,0 +1,146 @@
+"""TEST DATA: writes run folders of random numbers, which look like real runs and mean nothing."""
+
+import json
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+
+from sdpo_data.tables import (
+    DROPPED,
+    ITEMS,
+    MARGIN_PER_TOKEN,
+    MESSAGES,
+    METRICS,
+    PAIRS,
+    PARTITION,
+    RESULTS,
+    SCORES,
+    STEPS,
+    TEXT,
+    check,
+)  # fmt: skip
+from sdpo_eval.h4 import TASKS, summarise_items
+
+WORDS = [
+    "the",
+    "river",
+    "quietly",
+    "answer",
+    "because",
+    "number",
+    "city",
+    "light",
+    "seven",
+    "paper",
+    "reason",
+    "garden",
+]
+KEYS = {("base", 0): "5a" * 16, ("sdpo", 1): "1d" * 16, ("sdpo", 2): "2e" * 16, ("dpo", 1): "3f" * 16}
+QUESTIONS = {"arc_challenge": 60, "hellaswag": 80, "mmlu": 95, "truthfulqa_mc2": 50}
+
+
+def make_run(path: Path, *, pairs: int = 160, tasks: Sequence[str] = tuple(TASKS), seed: int = 0) -> Path:
+    """Write a finished run: arm sdpo of two steps, arm dpo of one, `tasks` evaluated."""
+    draw = random.Random(seed)
+    table = make_pairs(draw, pairs)
+    scores = make_scores(draw, table)
+    partition = make_partition(scores)
+    reasons = [("piqa", "identical answers")] * 2 + [("alpaca-eval", "tie")] * 31 + [("alpaca-eval", "duplicate")] * 4
+    dropped = [("pairs", source, row, None, reason, "{}") for row, (source, reason) in enumerate(reasons)]
+    write(path / "pairs.parquet", table, PAIRS)
+    write(path / "held_out.parquet", make_pairs(draw, 12, "h"), PAIRS)
+    write(path / "dropped.parquet", pl.DataFrame(dropped, DROPPED, orient="row"), DROPPED)
+    write(path / "scores.parquet", scores, SCORES)
+    write(path / "partition.parquet", partition, PARTITION)
+    make_arm(draw, path, "sdpo", scores, partition)
+    make_arm(draw, path, "dpo", scores, partition.with_columns(step=pl.lit(1, pl.Int64)))
+    items = [make_items(draw, path, *model, task) for model in KEYS for task in tasks]
+    write(path / "results.parquet", summarise_items(pl.concat(items)) if items else RESULTS.to_frame(), RESULTS)
+    (path / "config.yaml").write_text("# TEST DATA\nmodel: embedded:smollm2-135m\npartition:\n  parts: 2\n")
+    units = {"pairs": 6.1, "scores": 71.0, "partition": 0.2, "arms/sdpo/seed_0/step_1": 214.5}
+    units |= {"arms/sdpo/seed_0/step_2": 220.25, "arms/dpo/seed_0/step_1": 401.0, "items/base-0-0-mmlu": 33.0}
+    (path / "lineage.json").write_text(json.dumps({unit: made(seconds) for unit, seconds in units.items()}))
+    return path
+
+
+def make_pairs(draw: random.Random, count: int, prefix: str = "p") -> pl.DataFrame:
+    def text(role, words, as_messages):
+        said = " ".join(draw.choices(WORDS, k=draw.randint(3, words))).capitalize() + "."
+        return json.dumps([{"role": role, "content": said}]) if as_messages else said
+
+    rows = []
+    for number in range(count):
+        chat = number % 3 > 0
+        texts = text("user", 30, chat), text("assistant", 90, chat), text("assistant", 70, chat)
+        ids = f"{prefix}{number:04}", f"q{prefix}{number // 2:04}"
+        rows.append((*ids, "alpaca-eval" if chat else "piqa", *texts, MESSAGES if chat else TEXT, None, None, None))
+    return pl.DataFrame(rows, PAIRS, orient="row")
+
+
+def make_scores(draw: random.Random, pairs: pl.DataFrame) -> pl.DataFrame:
+    rows = []
+    for pair in pairs.iter_rows(named=True):
+        prompt, chosen, rejected = (len(pair[name].split()) + 3 for name in ("prompt", "chosen", "rejected"))
+        easy = draw.gauss(0.15, 0.4)
+        logps = -chosen * max(0.1, 1.8 - easy / 2), -rejected * max(0.1, 1.8 + easy / 2)
+        rows.append(
+            (pair["pair_id"], pair["source"], KEYS["base", 0], *logps, chosen, rejected, prompt, False, "float32")
+        )
+    return pl.DataFrame(rows, SCORES, orient="row")
+
+
+def make_partition(scores: pl.DataFrame) -> pl.DataFrame:
+    ranked = scores.select("pair_id", "source", difficulty=-MARGIN_PER_TOKEN).sort("difficulty")
+    rank = pl.int_range(pl.len(), dtype=pl.Int64)
+    placed = ranked.with_columns(rank=rank, step=1 + rank * 2 // pl.len(), definition=pl.lit("margin_per_token"))
+    return placed.with_columns(pl.col("step").cast(pl.Int64)).select(list(PARTITION))
+
+
+def make_arm(draw: random.Random, path: Path, arm: str, scores: pl.DataFrame, partition: pl.DataFrame) -> None:
+    """Write one arm: each step from and towards the one before, its loss falling from log 2."""
+    folder, rows, start = path / f"arms/{arm}/seed_0", [], KEYS["base", 0]
+    for step in sorted(partition["step"].unique()):
+        ids = partition.filter(step=step).select("pair_id")
+        lifted = (pl.col("chosen_logp") + 4.0 * (step - 1)).clip(upper_bound=-0.1)
+        reference = ids.join(scores, on="pair_id").with_columns(model_key=pl.lit(start), chosen_logp=lifted)
+        moves = [0.3 * (1 - math.exp(-update / 4)) / step + update * draw.gauss(0, 0.003) for update in range(8)]
+        values = {"loss": [math.log(2) - move for move in moves], "rewards/margins": [2 * move for move in moves]}
+        metrics = [(arm, 0, step, 1 + i, name, value) for name, row in values.items() for i, value in enumerate(row)]
+        write(folder / f"step_{step}/reference_scores.parquet", reference, SCORES)
+        write(folder / f"step_{step}/metrics.parquet", pl.DataFrame(metrics, METRICS, orient="row"), METRICS)
+        key, margin = KEYS[arm, step], (reference["chosen_logp"] - reference["rejected_logp"]).mean()
+        losses = values["loss"][0], values["loss"][-1]
+        cost = reference.height, 300 * reference.height, 8, 214.5
+        rows.append((arm, 0, step, start, start, key, f"{folder}/step_{step}", *cost, *losses, 2.1e-5, margin))
+        start = key
+    write(folder / "steps.parquet", pl.DataFrame(rows, STEPS, orient="row"), STEPS)
+
+
+def make_items(draw: random.Random, path: Path, arm: str, step: int, task: str) -> pl.DataFrame:
+    rows, luck = [], random.Random(task)  # luck: the same questions are hard for every model
+    for number in range(QUESTIONS[task]):
+        subject = f"subject_{number % 5}" if task == "mmlu" else task
+        chance = luck.random() + draw.gauss(0, 0.05)
+        score = chance if task == "truthfulqa_mc2" else float(chance < 0.3 + 0.02 * step)
+        score, correct = min(1.0, max(0.0, score)), None if task == "truthfulqa_mc2" else score
+        head = arm, 0, step, KEYS[arm, step], f"h4-lmeval@{task[:4]}", task
+        rows.append((*head, f"{subject}/{number}", subject, correct, score, -12.5, [-12.5, -13.0]))
+    return write(path / f"items/{arm}-0-{step}-{task}.parquet", pl.DataFrame(rows, ITEMS, orient="row"), ITEMS)
+
+
+def made(seconds: float) -> dict:
+    """One entry of lineage.json."""
+    return {
+        "recipe": {}, "inputs": {}, "outputs": [], "sha256": {"pairs.parquet": "ab" * 32}, "seconds": seconds,
+        "finished": "2026-01-02T03:04:05Z", "host": "test-host (x86_64, 2 cores)", "commit": "c0ffee" + "0" * 34,
+        "versions": {"python": "3.11.7", "polars": "2.1.0", "torch": "2.9.0", "trl": "1.16.0"},
+    }  # fmt: skip
+
+
+def write(path: Path, frame: pl.DataFrame, schema: pl.Schema) -> pl.DataFrame:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check(frame, schema, path.name).write_parquet(path)
+    return frame

@@ -1,0 +1,291 @@
+import dataclasses
+import gzip
+import importlib.metadata
+import json
+import logging
+from collections import Counter
+
+import polars as pl
+import pytest
+from datasets import Dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdpo_data import assets
+from sdpo_data.tables import ITEMS, SdpoError
+from sdpo_eval import h4
+
+ARC, HELLASWAG, MMLU, TRUTHFULQA = h4.TASKS.values()
+QUESTION = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
+SIZES = st.dictionaries(st.sampled_from("abcdefg"), st.integers(1, 12), min_size=1)
+
+
+def write(path, rows):
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    return path
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """ARC with two questions."""
+    task = dataclasses.replace(ARC, n_full=2)
+    monkeypatch.setitem(h4.TASKS, "arc_challenge", task)
+    return task
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path / ARC.files["train"], [QUESTION | {"question": "shot"}])
+    write(tmp_path / ARC.files["test"], [QUESTION | {"id": 1}, QUESTION | {"id": 2, "question": "r"}])
+    return tmp_path
+
+
+# Selection
+
+
+def test_the_same_items_as_ever():
+    # the smallest sha256 of "arc_challenge/<row>"; of three subjects taking turns in the order of theirs
+    assert h4.select_items({"arc_challenge": 1172}, 4) == [f"arc_challenge/{row}" for row in (962, 1012, 100, 741)]
+    three = h4.select_items({"virology": 166, "anatomy": 135, "astronomy": 152}, 4)
+    assert three == ["astronomy/122", "virology/79", "anatomy/111", "astronomy/51"]
+
+
+@given(SIZES, st.integers(1, 60), st.integers(1, 60))
+def test_a_smaller_limit_chooses_a_subset(sizes, one, two):
+    few, many = sorted((one, two))
+    assert h4.select_items(sizes, few) == h4.select_items(sizes, many)[:few]
+
+
+@given(SIZES, st.integers(1, 60))
+def test_subjects_take_turns(sizes, limit):
+    chosen = h4.select_items(sizes, limit)
+    assert len(set(chosen)) == len(chosen) == min(limit, sum(sizes.values()))
+    counts = Counter(item.split("/")[0] for item in chosen)
+    left = [counts[subject] for subject, size in sizes.items() if counts[subject] < size]  # not used up
+    assert max(counts.values()) - min(left, default=max(counts.values())) <= 1
+
+
+@given(SIZES)
+def test_no_limit_is_every_item_once(sizes):
+    every = {f"{subject}/{row}" for subject, size in sizes.items() for row in range(size)}
+    chosen = h4.select_items(sizes, None)
+    assert len(chosen) == len(every)
+    assert set(chosen) == every
+
+
+# Documents
+
+
+def test_documents_keep_what_the_task_reads(small, folder):
+    documents = h4.load_documents(small, str(folder))
+    assert documents == {
+        "arc_challenge": {"train": [QUESTION | {"question": "shot"}], "test": [QUESTION, QUESTION | {"question": "r"}]}
+    }
+
+
+def test_mmlu_is_sorted_under_its_subjects(monkeypatch, tmp_path):
+    task = dataclasses.replace(MMLU, n_full=3)
+    rows = [{"subject": s, "question": q, "choices": list("wxyz"), "answer": 1} for s, q in ("ap", "bq", "ar")]
+    write(tmp_path / "mmlu_dev.jsonl.gz", rows[:2])
+    write(tmp_path / "mmlu_test.jsonl.gz", rows)
+    documents = h4.load_documents(task, str(tmp_path))
+    assert {s: [d["question"] for d in splits["test"]] for s, splits in documents.items()} == {
+        "a": ["p", "r"],
+        "b": ["q"],
+    }
+    assert {s: [d["question"] for d in splits["dev"]] for s, splits in documents.items()} == {"a": ["p"], "b": ["q"]}
+
+
+def test_a_missing_file(small, tmp_path):
+    with pytest.raises(SdpoError, match=r"ARC-Challenge-train.jsonl.gz does not exist; ARC-Challenge is read from it"):
+        h4.load_documents(small, str(tmp_path))
+
+
+def test_a_folder_that_is_none():
+    with pytest.raises(SdpoError, match="no benchmark folder nowhere"):
+        h4.load_documents(ARC, "nowhere")
+
+
+def test_half_a_task(folder):
+    with pytest.raises(SdpoError, match=r"holds 2 test documents of ARC-Challenge, the task has 1,172"):
+        h4.load_documents(ARC, str(folder))
+
+
+@pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b'{"a": 1}')[:-9], gzip.compress(b'{"a": 1')])
+def test_a_broken_file(small, folder, content):
+    (folder / small.files["test"]).write_bytes(content)
+    with pytest.raises(SdpoError, match=r"ARC-Challenge-test.jsonl.gz cannot be read as JSON lines"):
+        h4.load_documents(small, str(folder))
+
+
+def test_a_row_without_its_answer(small, folder):
+    write(folder / small.files["test"], [QUESTION, {"question": "q", "choices": QUESTION["choices"]}])
+    with pytest.raises(
+        SdpoError, match=r"row 1 of ARC-Challenge's test documents lacks one of question, choices, answerKey"
+    ):
+        h4.load_documents(small, str(folder))
+
+
+def test_the_hub_gives_the_same_documents(small, folder, monkeypatch):
+    asked = []
+
+    def hub_dataset(repo, config, split):
+        asked.append((repo, config, split))
+        with gzip.open(folder / small.files[split]) as lines:
+            return Dataset.from_list([json.loads(line) for line in lines])
+
+    monkeypatch.setattr(assets, "hub_dataset", hub_dataset)
+    assert h4.load_documents(small, "hub") == h4.load_documents(small, str(folder))
+    assert asked == [("allenai/ai2_arc", "ARC-Challenge", "train"), ("allenai/ai2_arc", "ARC-Challenge", "test")]
+
+
+def unreachable(*_):
+    raise SdpoError("The hub did not answer.")
+
+
+def test_truthfulqa_out_of_reach_is_said_and_left_out(folder, monkeypatch, caplog):
+    monkeypatch.setattr(assets, "hub_dataset", unreachable)
+    monkeypatch.setattr(assets, "require_hub", unreachable)
+    with caplog.at_level(logging.WARNING):
+        assert h4.load_documents(TRUTHFULQA, str(folder)) is None
+    assert "TruthfulQA is left out, and with it H4. The hub did not answer." in caplog.text
+
+
+def test_a_hub_that_answers_and_does_not_know_truthfulqa_is_an_error(folder, monkeypatch):
+    monkeypatch.setattr(assets, "hub_dataset", unreachable)
+    monkeypatch.setattr(assets, "require_hub", lambda what: None)
+    with pytest.raises(SdpoError, match="did not answer"):
+        h4.load_documents(TRUTHFULQA, str(folder), "truthfulqa/misspelt")
+
+
+def test_truthfulqa_from_a_file(folder, tmp_path):
+    task = dataclasses.replace(TRUTHFULQA, n_full=1)
+    row = {"question": "q", "mc2_targets": {"choices": ["a", "b"], "labels": [1, 0]}}
+    path = tmp_path / "mine.jsonl"
+    path.write_text(json.dumps(row | {"mc1_targets": {}}) + "\n")
+    assert h4.load_documents(task, str(folder), str(path)) == {"truthfulqa_mc2": {"validation": [row]}}
+
+
+def test_truthfulqa_from_a_file_that_is_not_there(folder):
+    with pytest.raises(SdpoError, match="typo.jsonl does not exist; TruthfulQA is read from it"):
+        h4.load_documents(TRUTHFULQA, str(folder), "typo.jsonl")
+
+
+# Fingerprint
+
+
+def test_a_fingerprint_is_of_all_that_changes_numbers(small, folder, monkeypatch):
+    documents = h4.load_documents(small, str(folder))
+    same = h4.fingerprint("h4-lmeval", small, documents, "float32")
+    assert same.startswith("h4-lmeval@")
+    assert same == h4.fingerprint("h4-lmeval", small, h4.load_documents(small, str(folder)), "float32")
+    test = documents["arc_challenge"]["test"]
+    others = [
+        h4.fingerprint("h4-other", small, documents, "float32"),
+        h4.fingerprint("h4-lmeval", small, documents, "bfloat16"),
+        h4.fingerprint("h4-lmeval", dataclasses.replace(small, shots=24), documents, "float32"),
+        h4.fingerprint("h4-lmeval", dataclasses.replace(small, sources=MMLU.sources), documents, "float32"),
+        h4.fingerprint("h4-lmeval", small, {"arc_challenge": {"train": [], "test": test}}, "float32"),
+        h4.fingerprint(
+            "h4-lmeval", small, {"arc_challenge": documents["arc_challenge"] | {"test": test[::-1]}}, "float32"
+        ),
+    ]
+    monkeypatch.setattr(h4, "SHOTS_SEED", 1235)
+    others.append(h4.fingerprint("h4-lmeval", small, documents, "float32"))
+    monkeypatch.setattr(h4, "BOS", "never")
+    others.append(h4.fingerprint("h4-lmeval", small, documents, "float32"))
+    assert len({other.split("@")[1] for other in [same, *others]}) == 1 + len(others)
+
+
+def test_another_lm_eval_is_another_protocol(small, folder, monkeypatch):
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.4.14")
+    with pytest.raises(SdpoError, match=r"h4-lmeval is defined by lm-eval 0.4.13; here it is 0.4.14"):
+        h4.fingerprint("h4-lmeval", small, h4.load_documents(small, str(folder)), "float32")
+
+
+# Results
+
+
+def items(task, scores, subject=None, arm="base", step=0):
+    rows = [
+        {"arm": arm, "seed": 0, "step": step, "model_key": f"{arm}{step}", "protocol": f"h4-lmeval@{task}", "task": task,
+         "item_id": f"{subject or task}/{row}", "subject": subject or task, "correct": None, "score": score,
+         "gold_logp": -1.0, "choice_logps": [-1.0, -2.0]}
+        for row, score in enumerate(scores)
+    ]  # fmt: skip
+    return pl.DataFrame(rows, ITEMS)
+
+
+def test_results_by_hand():
+    # ARC 1/4 -> 25, s^2 = (9/16 + 3/16) / 3 = 1/4, SE 100 / 4 = 25.  HellaSwag 1, 1 -> 100 ± 0.
+    # MMLU a: 1, 0 -> 1/2, SE 1/2; b: 0, 0 -> 0 ± 0; macro 25, SE sqrt(1/4) / 2 = 25.  TruthfulQA .2, .4 -> 30 ± 10.
+    # H4 (25 + 100 + 25 + 30) / 4 = 45; SE sqrt(25^2 + 0 + 25^2 + 10^2) / 4 = sqrt(1350) / 4
+    frame = pl.concat([
+        items("truthfulqa_mc2", [0.2, 0.4]), items("mmlu", [1, 0], "a"), items("mmlu", [0, 0], "b"),
+        items("hellaswag", [1, 1]), items("arc_challenge", [0, 0, 1, 0]),
+    ])  # fmt: skip
+    results = h4.summarise_items(frame)
+    assert results.select("task", "metric", "n", "n_full").rows() == [
+        ("arc_challenge", "acc_norm", 4, 1172), ("hellaswag", "acc_norm", 2, 10042), ("mmlu", "acc", 4, 14042),
+        ("truthfulqa_mc2", "mc2", 2, 817), ("h4", "mean", 12, 26073),
+    ]  # fmt: skip
+    assert results["value"].to_list() == pytest.approx([25, 100, 25, 30, 45])
+    assert results["stderr"].to_list() == pytest.approx([25, 0, 25, 10, 1350**0.5 / 4])
+    assert results["subset"].unique().to_list() == ["all"]
+
+
+def test_no_h4_without_all_four():
+    results = h4.summarise_items(pl.concat([items(task, [1, 0]) for task in list(h4.TASKS)[:3]]))
+    assert results["task"].to_list() == ["arc_challenge", "hellaswag", "mmlu"]
+
+
+def test_unknown_error_of_a_task_is_unknown_in_h4():
+    frame = pl.concat([items(task, [1] if task == "mmlu" else [1, 0]) for task in h4.TASKS])
+    assert h4.summarise_items(frame)["stderr"].is_null().to_list() == [False, False, True, False, True]
+
+
+def test_the_base_model_comes_first():
+    frame = pl.concat(
+        [items("mmlu", [1, 0], arm=arm, step=step) for arm, step in (("arm", 2), ("arm", 1), ("base", 0))]
+    )
+    assert h4.summarise_items(frame).select("arm", "step").rows() == [("base", 0), ("arm", 1), ("arm", 2)]
+
+
+def test_nothing_evaluated_gives_no_rows():
+    assert h4.summarise_items(ITEMS.to_frame()).height == 0
+
+
+# The real files
+
+
+def test_shots_are_those_of_lm_evals_openllm_group():
+    import lm_eval
+    import yaml
+
+    path = f"{lm_eval.__path__[0]}/tasks/benchmarks/openllm.yaml"
+    with open(path) as file:  # noqa: PTH123
+        group = {task["task"]: task for task in yaml.safe_load(file)["task"]}
+    for name, ours in {"arc_challenge": ARC, "hellaswag": HELLASWAG, "mmlu": MMLU, "truthfulqa": TRUTHFULQA}.items():
+        assert ours.shots == group[name]["num_fewshot"]
+    assert group["arc_challenge"]["fewshot_split"] == group["hellaswag"]["fewshot_split"] == "train"
+
+
+@pytest.mark.real
+def test_counts_and_chance_on_the_real_files(shared_data):
+    documents = {name: h4.load_documents(task, str(shared_data / "benchmarks")) for name, task in h4.TASKS.items()}
+    assert len(documents["mmlu"]) == 57
+    assert all(len(splits["dev"]) == 5 for splits in documents["mmlu"].values())
+    shares = [sum(doc["mc2_targets"]["labels"]) / len(doc["mc2_targets"]["labels"])
+              for doc in documents["truthfulqa_mc2"]["truthfulqa_mc2"]["validation"]]  # fmt: skip
+    assert 100 * sum(shares) / len(shares) == pytest.approx(TRUTHFULQA.chance, abs=0.005)
+    arc = [1 / len(doc["choices"]["text"]) for doc in documents["arc_challenge"]["arc_challenge"]["test"]]
+    assert 100 * sum(arc) / len(arc) == pytest.approx(ARC.chance, abs=0.02)  # a few have three or five choices
+    assert {len(doc["endings"]) for doc in documents["hellaswag"]["hellaswag"]["validation"]} == {4}
+    assert {len(doc["choices"]) for splits in documents["mmlu"].values() for doc in splits["test"]} == {4}
+
+
+@pytest.mark.real
+def test_embedded_documents_are_those_of_the_files(shared_data):
+    for task in list(h4.TASKS.values())[:3]:
+        embedded = h4.load_documents(task, "embedded:h4")
+        assert embedded == h4.load_documents(task, str(shared_data / "benchmarks")), task.name

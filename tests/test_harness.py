@@ -1,0 +1,597 @@
+import dataclasses
+import gzip
+import json
+import logging
+import shutil
+import subprocess
+import sys
+
+import polars as pl
+import pytest
+import ruamel.yaml
+from polars.testing import assert_frame_equal
+
+from sdpo_data import assets
+from sdpo_data.models import load_model, model_key
+from sdpo_data.run import Run
+from sdpo_data.tables import ITEMS, RESULTS, STEPS, SdpoError, check
+from sdpo_eval import h4, harness
+from sdpo_eval.harness import EvalConfig, answer_items, build_items, evaluate
+
+SUBJECTS = ["anatomy", "astronomy", "virology"]  # of MMLU: lm-eval has a file for each
+COUNTS = {"arc_challenge": 7, "hellaswag": 6, "mmlu": 9, "truthfulqa_mc2": 5}
+WORDS = ["stone", "water", "wind", "a red bird", "seven", "the moon", "glass", "rye"]
+
+
+def choices(row, count=4):
+    return [f"{WORDS[(row + place) % len(WORDS)]}{' and more' * ((row + place) % 3)}" for place in range(count)]
+
+
+def hellaswag_rows(count):
+    return [
+        {"ind": row, "activity_label": f"Act {row}", "ctx_a": f"[title] She takes  {WORDS[row % 8]}.", "ctx_b": "then she",
+         "ctx": "", "endings": [f"{ending} [step] it." for ending in choices(row)], "label": str(row % 4)}
+        for row in range(count)
+    ]  # fmt: skip
+
+
+def write(path, rows):
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The four tasks in small, in the layout of a data folder."""
+    folder = tmp_path_factory.mktemp("benchmarks")
+    arc = [
+        {"id": str(row), "question": f"Which is {row}?", "answerKey": "ABCD"[row % 4],
+         "choices": {"text": choices(row), "label": list("ABCD")}}
+        for row in range(40)
+    ]  # fmt: skip
+    write(folder / "ARC-Challenge-train.jsonl.gz", arc[7:])
+    write(folder / "ARC-Challenge-test.jsonl.gz", arc[:7])
+    shots = [{"ind": row, "query": f"Act: {row}", "choices": choices(row), "gold": row % 4} for row in range(15)]
+    write(folder / "hellaswag_train_processed.jsonl.gz", shots)
+    write(folder / "hellaswag_val.jsonl.gz", hellaswag_rows(6))
+    mmlu = [
+        {"subject": subject, "question": f"{subject} {row}? ", "choices": choices(row), "answer": row % 4}
+        for subject in SUBJECTS
+        for row in range(8)
+    ]
+    write(folder / "mmlu_dev.jsonl.gz", [row for number, row in enumerate(mmlu) if number % 8 < 5])
+    write(folder / "mmlu_test.jsonl.gz", [row for number, row in enumerate(mmlu) if number % 8 >= 5])
+    truthful = [
+        {
+            "question": f"Is it {row}?",
+            "mc2_targets": {"choices": choices(row, 3 + row % 3), "labels": [1, row % 2, 0, 0, 0][: 3 + row % 3]},
+        }
+        for row in range(5)
+    ]
+    write(folder / "truthfulqa_mc.jsonl.gz", truthful)
+    return folder
+
+
+@pytest.fixture
+def all_shots(data, monkeypatch):
+    """The protocol on the small tasks; their folder."""
+    for name, count in COUNTS.items():
+        monkeypatch.setitem(h4.TASKS, name, dataclasses.replace(h4.TASKS[name], n_full=count))
+    return data
+
+
+@pytest.fixture
+def small(all_shots, monkeypatch):
+    """The same with at most two shots, which is faster."""
+    for name, task in h4.TASKS.items():
+        monkeypatch.setitem(h4.TASKS, name, dataclasses.replace(task, shots=min(2, task.shots)))
+    return all_shots
+
+
+@pytest.fixture(scope="module")
+def models(tiny_model, tmp_path_factory):
+    """Folders of three random models: "base", "one" and "two"."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the models are too small to share
+    folder = tmp_path_factory.mktemp("three")
+    for number, name in enumerate(("base", "one", "two")):
+        model, tokenizer = load_model(tiny_model)
+        torch.manual_seed(number)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += 0.3 * torch.randn_like(parameter)
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    yield folder
+    torch.set_num_threads(threads)
+
+
+def steps_of(models, *names, arm="sdpo", start=None):
+    rows = [
+        {"arm": arm, "seed": 0, "step": step, "start_key": start or model_key(models / "base"), "reference_key": "",
+         "model_key": model_key(models / name), "model": str(models / name), "pairs": 1, "tokens": 1, "updates": 1,
+         "seconds": 1.0, "first_loss": 0.7, "last_loss": 0.6, "max_start_gap": 0.0, "margin_ref_mean": 0.0}
+        for step, name in enumerate(names, 1)
+    ]  # fmt: skip
+    return pl.DataFrame(rows, STEPS)
+
+
+@pytest.fixture
+def run(tmp_path, models):
+    """A run folder whose config.yaml names the base model."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(f"model: {models / 'base'}\n")
+    return folder
+
+
+@pytest.fixture
+def answered(monkeypatch):
+    """Item ids in the order in which models answer them."""
+    seen = []
+    ask = harness.answer_items
+
+    def noted(lm, task, items):
+        rows = ask(lm, task, items)
+        seen.extend(item.item_id for item in items)
+        return rows
+
+    monkeypatch.setattr(harness, "answer_items", noted)
+    return seen
+
+
+def config(folder, **settings):
+    return EvalConfig(data_dir=str(folder), **settings)
+
+
+# Against lm-eval itself, on the same files read by its own loader
+
+
+HELLASWAG_COLUMNS = {
+    "activity_label": "", "ctx_a": "", "ctx_b": "", "endings": [""], "query": "", "choices": [""], "gold": 0, "ind": 0,
+    "ctx": "", "source_id": "", "split": "", "split_type": "",
+}  # fmt: skip
+
+
+def task_file(folder, name, data, subject=None):
+    """A task file for lm-eval: its own, on our files, with the shots of its openllm group."""
+    import lm_eval
+
+    task = h4.TASKS[name]
+    rows = {split: data_rows(data / file) for split, file in task.files.items()}
+    files = {}
+    for split, content in rows.items():
+        if subject:
+            content = [row for row in content if row["subject"] == subject]
+        elif name == "hellaswag":  # one set of columns for both files, or datasets does not read them
+            content = [HELLASWAG_COLUMNS | row | {"label": str(row.get("label", row.get("gold")))} for row in content]
+        files[split] = str(folder / f"{subject or name}-{split}.jsonl")
+        with open(files[split], "w") as file:  # noqa: PTH123
+            file.writelines(json.dumps(row) + "\n" for row in content)
+    settings = {
+        "include": f"{lm_eval.__path__[0]}/tasks/{task.yaml.format(subject=subject)}", "task": subject or name,
+        "dataset_path": "json", "dataset_name": None, "dataset_kwargs": {"data_files": files},
+        "num_fewshot": task.shots,
+    }  # fmt: skip
+    if name in ("arc_challenge", "hellaswag"):
+        settings["fewshot_split"] = "train"
+    if name == "hellaswag" and "gold" in rows["train"][0]:
+        settings["fewshot_config"] = {"process_docs": None}
+    path = folder / f"{subject or name}.yaml"
+    ruamel.yaml.YAML().dump(settings, path)
+    return str(path)
+
+
+def data_rows(path):
+    with gzip.open(path) as lines:
+        return [json.loads(line) for line in lines]
+
+
+def oracle(lm, files, limit, folder, monkeypatch):
+    """lm-eval's samples, by task, of the first `limit` documents."""
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
+    manager = TaskManager(include_defaults=False)
+    got = simple_evaluate(model=lm, tasks=files, task_manager=manager, limit=limit, bootstrap_iters=0, log_samples=True)
+    return {task: sorted(samples, key=lambda sample: sample["doc_id"]) for task, samples in got["samples"].items()}
+
+
+def dummy_lm():
+    from lm_eval.api.model import LM
+
+    class Dummy(LM):
+        def loglikelihood(self, requests, disable_tqdm=False):
+            return [(-float(len(request.args[1])), False) for request in requests]
+
+        def loglikelihood_rolling(self, requests):
+            raise NotImplementedError
+
+        def generate_until(self, requests):
+            raise NotImplementedError
+
+    return Dummy()
+
+
+def pairs_of(sample):
+    return [tuple(arguments) for arguments in sample["arguments"]]
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_questions_are_lm_evals_own(name, all_shots, tmp_path, monkeypatch):
+    task = h4.TASKS[name]
+    documents = h4.load_documents(task, str(all_shots))
+    subjects = SUBJECTS if name == "mmlu" else [None]
+    files = [task_file(tmp_path, name, all_shots, subject) for subject in subjects]
+    samples = oracle(dummy_lm(), files, None, tmp_path, monkeypatch)
+    for subject, theirs in samples.items():
+        ours = build_items(task, documents, [f"{subject}/{row}" for row in range(len(theirs))])
+        assert [item.pairs for item in ours] == [pairs_of(sample) for sample in theirs]
+        alone = build_items(task, documents, [f"{subject}/2"])  # its shots do not depend on what else is asked
+        assert alone[0].pairs == pairs_of(theirs[2])
+
+
+def test_hellaswag_shots_from_raw_documents_are_lm_evals_own(small, tmp_path, monkeypatch):
+    task = h4.TASKS["hellaswag"]
+    raw = tmp_path / "raw"
+    shutil.copytree(small, raw)
+    write(raw / task.files["train"], hellaswag_rows(14))  # as the hub has them
+    samples = oracle(dummy_lm(), [task_file(tmp_path, "hellaswag", raw)], None, tmp_path, monkeypatch)
+    ours = build_items(task, h4.load_documents(task, str(raw)), [f"hellaswag/{row}" for row in range(6)])
+    assert [item.pairs for item in ours] == [pairs_of(sample) for sample in samples["hellaswag"]]
+    assert "She takes stone. Then she" in ours[0].pairs[0][0]  # brackets and doubled blanks gone: preprocessed
+
+
+METRICS = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "mmlu": "acc", "truthfulqa_mc2": "acc"}
+
+
+def compare_with_lm_eval(folder, data, names, limit, tmp_path, monkeypatch):
+    """Answer the first documents of each task with HFLM through us and through simple_evaluate."""
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = load_model(folder)
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    for name, subject in names:
+        task = h4.TASKS[name]
+        samples = oracle(lm, [task_file(tmp_path, name, data, subject)], limit, tmp_path, monkeypatch)
+        theirs = samples[subject or name]
+        items = build_items(
+            task, h4.load_documents(task, str(data)), [f"{subject or name}/{row}" for row in range(limit)]
+        )
+        for ours, sample in zip(answer_items(lm, task, items), theirs, strict=True):
+            logps = [logp for logp, _ in sample["filtered_resps"]]
+            assert ours["choice_logps"] == pytest.approx(logps, abs=1e-4)
+            assert ours["score"] == pytest.approx(sample[METRICS[name]], abs=1e-6)
+            if name == "truthfulqa_mc2":
+                labels = sample["doc"]["mc2_targets"]["labels"]
+                assert ours["gold_logp"] == pytest.approx(
+                    max(logps[: labels.count(1)]) if labels[-1] == 0 else max(logps), abs=1e-4
+                )
+                assert ours["correct"] is None
+            else:
+                assert ours["gold_logp"] == pytest.approx(logps[int(sample["target"])], abs=1e-4)
+                assert ours["correct"] == ours["score"]
+        assert len(theirs) == limit
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_answers_are_lm_evals_own(name, models, small, tmp_path, monkeypatch):
+    compare_with_lm_eval(
+        models / "one", small, [(name, "virology" if name == "mmlu" else None)], 3, tmp_path, monkeypatch
+    )
+
+
+def test_bos_where_the_tokenizer_adds_one(models, small):
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers.processors import TemplateProcessing
+
+    model, tokenizer = load_model(models / "base")
+    bos = tokenizer.convert_tokens_to_ids("<|im_start|>")
+    plain = HFLM(pretrained=model, tokenizer=tokenizer)._encode_pair("Which?", " That")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", pair="<|im_start|> $A $B", special_tokens=[("<|im_start|>", bos)]
+    )
+    with_bos = HFLM(pretrained=model, tokenizer=tokenizer)._encode_pair("Which?", " That")
+    assert with_bos == ([bos, *plain[0]], plain[1])
+    assert plain[0][0] != bos
+
+
+# Runs
+
+
+def test_base_and_steps_on_the_same_items(small, models, run):
+    results = evaluate(steps_of(models, "one", "two"), config(small, limit=4), run)
+    check(results, RESULTS, "results")
+    assert results.select("arm", "step", "task").rows() == [
+        (arm, step, task) for arm, step in (("base", 0), ("sdpo", 1), ("sdpo", 2)) for task in [*h4.TASKS, "h4"]
+    ]
+    assert results.filter(task="h4")["n"].to_list() == [16] * 3
+    assert results["n_full"].to_list() == [*COUNTS.values(), 27] * 3
+    items = Run(run).items
+    check(items, ITEMS, "items")
+    asked = items.group_by("arm", "step").agg(pl.col("item_id").sort())["item_id"].to_list()
+    assert asked[0] == asked[1] == asked[2]
+    assert items.select("step", "model_key").unique().sort("step").rows() == [
+        (step, model_key(models / name)) for step, name in enumerate(("base", "one", "two"))
+    ]
+    assert_frame_equal(Run(run).results, results)
+
+
+def test_a_result_is_the_mean_of_its_items(small, models, run):
+    results = evaluate(models / "one", config(small), run)
+    items = Run(run).items
+    for task in ("arc_challenge", "hellaswag", "truthfulqa_mc2"):
+        scores = items.filter(task=task)["score"]
+        row = results.filter(task=task).row(0, named=True)
+        assert row["value"] == pytest.approx(100 * scores.mean())
+        assert row["stderr"] == pytest.approx(100 * scores.std() / len(scores) ** 0.5)
+    by_subject = items.filter(task="mmlu").group_by("subject").agg(pl.col("score").mean())["score"]
+    assert len(by_subject) == 3
+    assert results.filter(task="mmlu")["value"][0] == pytest.approx(100 * by_subject.mean())
+
+
+def test_a_second_time_nothing_is_done(small, models, run, monkeypatch):
+    first = evaluate(steps_of(models, "one"), config(small, limit=2), run)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")}
+    lineage = Run(run).lineage
+    monkeypatch.setattr(harness, "load_model", None)
+    assert_frame_equal(evaluate(steps_of(models, "one"), config(small, limit=2), run), first)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")} == before
+    assert Run(run).lineage == lineage
+
+
+def test_a_larger_limit_asks_only_what_is_new(small, models, run, answered):
+    few = evaluate(models / "base", config(small, limit=2), run)
+    asked = set(answered)
+    answered.clear()
+    many = evaluate(models / "base", config(small, limit=4), run)
+    assert len(answered) == 8
+    assert not asked & set(answered)
+    assert_frame_equal(many, evaluate(models / "base", config(small, limit=4)), rel_tol=1e-5)
+    answered.clear()
+    assert_frame_equal(evaluate(models / "base", config(small, limit=2), run), few)  # the items of the larger one stay
+    assert answered == []
+    assert Run(run).items.height == 16
+
+
+def test_numbers_do_not_depend_on_batch_size_or_limit(small, models, tmp_path):
+    evaluate(models / "base", config(small, limit=3, batch_size=1), tmp_path / "a")
+    evaluate(models / "base", config(small, batch_size=7), tmp_path / "b")
+    few, all_ = (Run(tmp_path / name).items.sort("task", "item_id").drop("correct") for name in "ab")
+    common = all_.join(few, on=["task", "item_id"], how="semi", maintain_order="left")
+    assert few.height == 12
+    assert all_.height == 27
+    assert_frame_equal(few, common, abs_tol=1e-4)
+
+
+def test_equal_weights_are_evaluated_once(small, models, run, answered):
+    evaluate(steps_of(models, "one"), config(small, limit=2), run)
+    answered.clear()
+    results = evaluate({"copy": models / "one"}, config(small, limit=2), run)
+    assert answered == []
+    values = [results.filter(arm=arm)["value"].to_list() for arm in ("sdpo", "copy")]
+    assert values[0] == values[1]
+    assert (run / "items/copy-0-0-mmlu.parquet").exists()
+
+
+def test_a_killed_run_goes_on_where_it_stopped(small, models, run, answered, monkeypatch):
+    monkeypatch.setattr(harness, "SAVE_EVERY", 2)
+    ask = harness.answer_items
+
+    def dies(lm, task, items):
+        if len(answered) == 7 + 6 + 4:  # in MMLU, after ARC and HellaSwag and two blocks of two
+            raise KeyboardInterrupt
+        return ask(lm, task, items)
+
+    monkeypatch.setattr(harness, "answer_items", dies)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(models / "base", config(small), run)
+    monkeypatch.setattr(harness, "answer_items", ask)
+    results = evaluate(models / "base", config(small), run)
+    assert sorted(answered) == sorted(set(answered))
+    assert len(answered) == 27
+    assert_frame_equal(results, evaluate(models / "base", config(small)), rel_tol=1e-5)
+
+
+def test_other_weights_under_the_same_name_are_refused(small, models, run):
+    evaluate({"mine": models / "one"}, config(small, limit=2, tasks=["mmlu"]), run)
+    before = Run(run).items
+    with pytest.raises(
+        SdpoError, match=r"items/mine-0-0-mmlu.parquet was made with model_key = '\w+', now it is .*--force"
+    ):
+        evaluate({"mine": models / "two"}, config(small, limit=2, tasks=["mmlu"]), run)
+    assert_frame_equal(Run(run).items, before)
+    evaluate({"mine": models / "two"}, config(small, limit=1, tasks=["mmlu"]), run, force=True)
+    assert Run(run).items["model_key"].to_list() == [model_key(models / "two")]
+
+
+def test_another_protocol_under_the_same_name_is_refused(small, models, run, tmp_path):
+    evaluate(models / "one", config(small, limit=2, tasks=["hellaswag"]), run)
+    changed = tmp_path / "changed"
+    shutil.copytree(small, changed)
+    write(changed / "hellaswag_val.jsonl.gz", hellaswag_rows(7)[1:])
+    with pytest.raises(SdpoError, match="was made with protocol = 'h4-lmeval@"):
+        evaluate(models / "one", config(changed, limit=2, tasks=["hellaswag"]), run)
+
+
+def test_force_evaluates_again(small, models, run, answered):
+    evaluate(models / "one", config(small, limit=2, tasks=["mmlu"]), run)
+    evaluate(models / "one", config(small, limit=2, tasks=["mmlu"]), run, force=True)
+    assert len(answered) == 4
+    assert Run(run).items.height == 2
+
+
+def test_a_folder_whose_weights_have_changed_is_refused(small, models, run):
+    steps = steps_of(models, "one").with_columns(model=pl.lit(str(models / "two")))
+    with pytest.raises(SdpoError, match=r"two does not hold the weights of arm sdpo, seed 0, step 1"):
+        evaluate(steps, config(small, limit=1, tasks=["mmlu"]), run)
+
+
+def test_a_base_that_was_not_trained_from_is_refused(small, models, run):
+    steps = steps_of(models, "one", start="0" * 32)
+    with pytest.raises(SdpoError, match=r"base does not hold the weights of arm base, seed 0, step 0"):
+        evaluate(steps, config(small, limit=1, tasks=["mmlu"]), run)
+
+
+def test_steps_from_two_base_models_are_refused(small, models, run):
+    steps = pl.concat([steps_of(models, "one"), steps_of(models, "two", arm="dpo", start="other")])
+    with pytest.raises(SdpoError, match="start from 2 different models"):
+        evaluate(steps, config(small), run)
+
+
+def test_the_base_model_must_be_named(small, models, tmp_path):
+    with pytest.raises(SdpoError, match=r"config.yaml does not name the model before step 1"):
+        evaluate(steps_of(models, "one"), config(small), tmp_path)
+    named = evaluate(steps_of(models, "one"), config(small, limit=1, tasks=["mmlu"]), tmp_path, base=models / "base")
+    assert named["arm"].to_list() == ["base", "sdpo"]
+
+
+def test_without_truthfulqa_three_tasks_and_no_h4(small, models, run, tmp_path, monkeypatch, caplog):
+    def silent(*_):
+        raise SdpoError("The hub did not answer.")
+
+    monkeypatch.setattr(assets, "hub_dataset", silent)
+    monkeypatch.setattr(assets, "require_hub", silent)
+    without = tmp_path / "without"
+    shutil.copytree(small, without, ignore=shutil.ignore_patterns("truthfulqa*"))
+    with caplog.at_level(logging.WARNING):
+        results = evaluate(steps_of(models, "one"), config(without, limit=2), run)
+    assert results["task"].to_list() == ["arc_challenge", "hellaswag", "mmlu"] * 2
+    assert caplog.text.count("TruthfulQA is left out") == 1
+    whole = evaluate(steps_of(models, "one"), config(small, limit=2), run)
+    assert whole.filter(task="h4").height == 2
+    again = evaluate(steps_of(models, "one"), config(without, limit=2), run)  # what was answered before still stands
+    assert_frame_equal(again, whole)
+    more = evaluate(steps_of(models, "one"), config(without, limit=3), run)
+    assert more["task"].to_list() == ["arc_challenge", "hellaswag", "mmlu"] * 2
+
+
+def test_results_hold_only_models_asked_the_same(small, models, run, caplog):
+    evaluate({"early": models / "one"}, config(small, limit=1), run)
+    with caplog.at_level(logging.WARNING):
+        results = evaluate(models / "base", config(small, limit=2), run)
+    assert results["arm"].unique().to_list() == ["base"]
+    assert "leaves out 4 evaluations of other or fewer items, e.g. early-0-0-arc_challenge" in caplog.text
+
+
+def test_mmlu_on_named_subjects(small, models, run):
+    results = evaluate(models / "one", config(small, tasks=["mmlu"], mmlu_subjects=["virology", "anatomy"]), run)
+    assert results.select("n", "n_full").rows() == [(6, 9)]
+    assert sorted(Run(run).items["subject"].unique()) == ["anatomy", "virology"]
+    with pytest.raises(
+        SdpoError, match=r"mmlu_subjects has 'astrology', but MMLU does not. It has: anatomy, astronomy"
+    ):
+        evaluate(models / "one", config(small, mmlu_subjects=["astrology"]), run)
+
+
+def test_loaded_models_and_their_dtype(small, models):
+    import torch
+
+    model, tokenizer = load_model(models / "one")
+    only = config(small, limit=2, tasks=["arc_challenge"])
+    loaded = evaluate((model, tokenizer), only)
+    assert_frame_equal(loaded, evaluate(models / "one", only))
+    with pytest.raises(SdpoError, match="'mine' is in bfloat16, but eval.dtype is float32"):
+        evaluate({"mine": (model.to(torch.bfloat16), tokenizer)}, only)
+    with pytest.raises(SdpoError, match="Cannot evaluate a LlamaForCausalLM"):
+        evaluate(model, only)
+
+
+def test_dtypes_are_different_protocols(small, models):
+    single, half = (
+        evaluate(models / "one", config(small, limit=1, tasks=["mmlu"], dtype=dtype))
+        for dtype in ("float32", "bfloat16")
+    )
+    assert single["protocol"][0] != half["protocol"][0]
+
+
+def test_a_question_longer_than_the_model_reads_is_refused(all_shots, models):
+    with pytest.raises(SdpoError, match=r"ARC-Challenge has questions of [\d,]+ tokens, but the model reads 512"):
+        evaluate(models / "one", config(all_shots, limit=1, tasks=["arc_challenge"]))
+
+
+def test_a_model_without_numbers_is_refused(small, models):
+    import torch
+
+    model, tokenizer = load_model(models / "one")
+    torch.nn.init.constant_(model.model.norm.weight, float("nan"))
+    with pytest.raises(SdpoError, match=r"MMLU, item \w+/\d: log-probabilities \[nan"):
+        evaluate((model, tokenizer), config(small, limit=1, tasks=["mmlu"]))
+
+
+def test_a_name_that_is_no_file_name(small, models):
+    with pytest.raises(SdpoError, match=r"cannot be called 'my/model'"):
+        evaluate({"my/model": models / "one"}, config(small))
+
+
+# The command
+
+
+def test_command(small, models, run, run_command):
+    steps = run / "arms" / "sdpo" / "seed_0"
+    steps.mkdir(parents=True)
+    steps_of(models, "one").write_parquet(steps / "steps.parquet")
+    code, out, _ = run_command("sdpo_eval.__main__", run, "--limit", 2, "--data-dir", small)
+    assert code == 0
+    assert "H4 (n = 8)" in " ".join(out.split())
+    assert "limited run" in out
+    assert "MMLU 2 of 9" in out
+    code, out, _ = run_command("sdpo_eval.__main__", run)  # config.yaml remembers limit and data_dir
+    assert code == 0
+    assert out.splitlines()[0] == f"up to date: {run / 'results.parquet'}"
+
+
+def test_up_to_date_needs_neither_torch_nor_lm_eval(small, models, run):
+    steps = run / "arms" / "sdpo" / "seed_0"
+    steps.mkdir(parents=True)
+    steps_of(models, "one").write_parquet(steps / "steps.parquet")
+    evaluate(steps_of(models, "one"), config(small, limit=1), run)
+    code = f"""
+import dataclasses, sys
+from sdpo_eval import h4, __main__
+for name, count in {COUNTS}.items():
+    h4.TASKS[name] = dataclasses.replace(h4.TASKS[name], n_full=count)
+sys.argv = ["sdpo_eval", {str(run)!r}]
+__main__.main()
+print([name for name in ("torch", "lm_eval", "transformers", "datasets") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("up to date: ")
+    assert lines[-1] == "[]"
+
+
+def test_command_without_steps_evaluates_the_model(small, models, tmp_path, run_command):
+    arguments = ["--model", models / "two", "--limit", 1, "--tasks", "mmlu", "--data-dir", small]
+    code, out, _ = run_command("sdpo_eval.__main__", tmp_path / "new", *arguments)
+    assert code == 0
+    assert "no H4" in out
+    assert Run(tmp_path / "new").results.select("arm", "model_key").rows() == [("base", model_key(models / "two"))]
+
+
+# The real model and data
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", COUNTS)
+def test_real_questions_are_lm_evals_own(name, shared_data, tmp_path, monkeypatch):
+    task, data = h4.TASKS[name], shared_data / "benchmarks"
+    documents = h4.load_documents(task, str(data))
+    files = [
+        task_file(tmp_path, name, data, subject)
+        for subject in (["anatomy", "world_religions"] if name == "mmlu" else [None])
+    ]
+    samples = oracle(dummy_lm(), files, 20, tmp_path, monkeypatch)
+    for subject, theirs in samples.items():
+        rows = [f"{subject}/{row}" for row in range(20)]
+        assert [item.pairs for item in build_items(task, documents, rows)] == [pairs_of(sample) for sample in theirs]
+        assert build_items(task, documents, rows[-1:])[0].pairs == pairs_of(theirs[-1])
+
+
+@pytest.mark.real
+def test_real_answers_are_lm_evals_own(shared_data, tmp_path, monkeypatch):
+    names = [("mmlu", "anatomy"), ("truthfulqa_mc2", None), ("hellaswag", None), ("arc_challenge", None)]
+    folder, data = "embedded:smollm2-135m", shared_data / "benchmarks"
+    compare_with_lm_eval(folder, data, names, 1, tmp_path, monkeypatch)

@@ -1,0 +1,445 @@
+"""The report, from run folders of test data: as files, as a page in Chromium, with hostile pairs."""
+
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import polars as pl
+import pytest
+from made_run import KEYS, make_run, write
+from markdown_it import MarkdownIt
+
+import sdpo_eval
+from sdpo_data.tables import ITEMS, PAIRS, RESULTS, SCORES, STEPS, SdpoError
+from sdpo_eval.blocks import Estimate, write_number
+from sdpo_eval.evidence import comparable_results, paired_differences, read_evidence, summarise_margins
+from sdpo_eval.render import LONGEST_ANSWER, visible
+from sdpo_eval.report import Report, main
+
+FIGURES = {"h4", "tasks", "reference_margins", "loss", "reward_margins", "margin_curves", "length_confound"}
+HOSTILE = (
+    "</script><script>document.documentElement.dataset.hacked = 1</script>"
+    '<img src=x onerror="document.documentElement.dataset.hacked = 1"> {{ 7*7 }} {% raw %} | a ``` b _c_ **d**'
+    " [e](http://x.example) \u202egnol\u2066 \x00\x07\x1b[31m \u2028 &lt; <!-- \U000e0041"
+)
+MEGABYTES = "long " * 400_000
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return make_run(tmp_path_factory.mktemp("made") / "run")
+
+
+@pytest.fixture
+def own_run(run, tmp_path) -> Path:
+    """A run to spoil."""
+    return shutil.copytree(run, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def hostile_run(tmp_path_factory) -> Path:
+    """A run whose pairs, sources, reasons and settings attack the page."""
+    path = make_run(tmp_path_factory.mktemp("hostile") / "run")
+    pairs, partition = pl.read_parquet(path / "pairs.parquet"), pl.read_parquet(path / "partition.parquet")
+    edges = partition.sort("difficulty")["pair_id"]
+    attack = pl.when(pl.col("pair_id").is_in(edges.gather([0, -1]).to_list()))
+    texts = {
+        "prompt": HOSTILE,
+        "chosen": MEGABYTES,
+        "rejected": HOSTILE + MEGABYTES,
+        "source": HOSTILE,
+        "format": "text",
+    }
+    pairs = pairs.with_columns(**{name: attack.then(pl.lit(text)).otherwise(name) for name, text in texts.items()})
+    write(path / "pairs.parquet", pairs, PAIRS)
+    for name in ("scores", "partition"):
+        table = pl.read_parquet(path / f"{name}.parquet")
+        table.with_columns(source=attack.then(pl.lit(HOSTILE)).otherwise("source")).write_parquet(
+            path / f"{name}.parquet"
+        )
+    dropped = pl.read_parquet(path / "dropped.parquet")
+    dropped.with_columns(reason=pl.lit(HOSTILE), source=pl.lit(MEGABYTES)).write_parquet(path / "dropped.parquet")
+    lineage = json.loads((path / "lineage.json").read_text())
+    lineage["pairs"] |= {"host": HOSTILE, "recipe": {"limit": 36, "source": [HOSTILE]}}
+    (path / "lineage.json").write_text(json.dumps(lineage))
+    quoted = re.sub(r"[^ -~]", "", HOSTILE).replace("'", "''")
+    (path / "config.yaml").write_text(f"model: '{quoted}'\n")
+    return path
+
+
+# --- what it says ---------------------------------------------------------------------------
+
+
+def test_the_whole_report_is_written_and_small(own_run):
+    page = Report(own_run).save()
+    assert page == own_run / "report.html"
+    content = page.read_text("utf-8")
+    assert set(re.findall(r'<figure id="figure-(\w+)">', content)) == FIGURES
+    sections = ["verdict", "h4", "reference", "training", "parts", "data", "cost", "reproduce"]
+    assert re.findall(r'<section id="(\w+)">', content) == sections
+    assert re.findall(r'<a href="#(\w+)">', content) == sections
+    assert len(content) < 5e6
+    assert not list(own_run.glob(".*.tmp"))
+
+
+def test_numbers_in_json_are_those_of_the_tables(run):
+    report, results = json.loads(Report(run).json()), pl.read_parquet(run / "results.parquet")
+    row = report["tables"]["h4"]["scores"]["rows"][3]
+    value, stderr, n = results.filter(arm="sdpo", step=2, task="h4").select("value", "stderr", "n").row(0)
+    assert row["model"] == "sdpo step 2"
+    assert row["H4"] == {"value": value, "stderr": stderr, "n": n}
+    losses = [row["first_loss"] for row in report["tables"]["training"]["hand_off"]["rows"]]
+    assert losses == pytest.approx([math.log(2)] * 3)
+    assert report["tables"]["parts"]["sizes"]["rows"][0]["pairs"] == 80
+    assert report["tables"]["data"]["dropped"]["rows"][0] == {
+        "stage": "pairs", "source": "alpaca-eval", "reason": "tie", "rows": 31,
+    }  # fmt: skip
+
+
+def test_the_same_run_gives_the_same_report(run):
+    one, two = Report(run), Report(run)
+    assert (one.html(), one.markdown(), one.json()) == (two.html(), two.markdown(), two.json())
+
+
+def test_a_notebook_shows_the_page_in_a_frame_of_its_own(run):
+    shown = sdpo_eval.Report(run)._repr_html_()
+    frame = re.fullmatch(r'<iframe srcdoc="([^"]*)" sandbox="allow-scripts" [^>]*></iframe>', shown)
+    assert frame
+    assert html.unescape(frame[1]) == Report(run).html()
+    assert "save()" in repr(Report(run))
+
+
+def test_few_questions_make_a_wiring_run_and_all_of_them_make_none(own_run):
+    assert "Wiring run: it shows that the chain works; its H4 decides nothing." in said(own_run)
+    assert "ARC-Challenge 60 of 1,172" in said(own_run)
+    results = pl.read_parquet(own_run / "results.parquet")
+    results.with_columns(n=pl.lit(600, pl.Int64)).write_parquet(own_run / "results.parquet")
+    assert "Limited run." in said(own_run)
+    assert "Wiring run" not in said(own_run)
+    results.with_columns(n="n_full").write_parquet(own_run / "results.parquet")
+    assert "Limited run" not in said(own_run)
+    assert "Wiring run" not in said(own_run)
+
+
+def test_a_missing_task_leaves_no_h4(tmp_path):
+    run = make_run(tmp_path / "run", tasks=["arc_challenge", "hellaswag", "mmlu"])
+    report = Report(run)
+    missing = json.loads(report.json())["missing"]
+    assert "no H4" in missing[0]["text"]
+    assert "TruthfulQA" in missing[0]["text"]
+    assert missing[0]["command"] == f"python -m sdpo_eval {run} --truthfulqa FILE"
+    assert "H4" not in report.table("scores").columns
+    assert "its scores decide nothing" in said(run)
+    assert 'id="figure-h4"' not in report.html()
+
+
+def test_verdict_on_a_difference_by_its_interval(own_run):
+    # Every answer of sdpo's step 2 is 0.25 better than the base model's or 0.15 better, in turn: over 80
+    # questions the difference is 20 points, far from 0. For dpo it is +0.2 and -0.2: 0 on average.
+    changes = {("sdpo", 2): [0.25, 0.15], ("dpo", 1): [0.2, -0.2]}
+    base = pl.read_parquet(own_run / "items/base-0-0-hellaswag.parquet").with_columns(score=0.5)
+    base.write_parquet(own_run / "items/base-0-0-hellaswag.parquet")
+    for (arm, step), change in changes.items():
+        model = {"arm": pl.lit(arm), "step": pl.lit(step, pl.Int64), "model_key": pl.lit(KEYS[arm, step])}
+        scores = pl.Series([0.5 + change[i % 2] for i in range(base.height)])
+        base.with_columns(**model, score=scores).write_parquet(own_run / f"items/{arm}-0-{step}-hellaswag.parquet")
+    rows = json.loads(Report(own_run).json())["tables"]["h4"]["differences"]["rows"]
+    told = {(row["contrast"], row["task"]): row for row in rows}
+    assert told["sdpo step 2 − base", "HellaSwag"]["difference"]["value"] == pytest.approx(20)
+    assert told["sdpo step 2 − base", "HellaSwag"]["verdict"] == "higher"
+    assert told["dpo step 1 − base", "HellaSwag"]["verdict"] == "not distinguishable"
+    assert told["sdpo step 2 − dpo step 1", "HellaSwag"]["verdict"] == "higher"
+    assert "These are checkpoints, not methods" in said(own_run)
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        ({}, "each step started from, and was held to, the very weights that the step before wrote"),
+        ({"reference_key": "f0" * 16}, "not a chain"),
+        ({"start_key": "f0" * 16, "reference_key": "f0" * 16}, "not a chain"),
+    ],
+)
+def test_the_hand_off_is_judged_by_the_weights(own_run, broken, words):
+    path = own_run / "arms/sdpo/seed_0/steps.parquet"
+    steps = pl.read_parquet(path)
+    late = pl.col("step") == 2
+    steps = steps.with_columns(
+        **{name: pl.when(late).then(pl.lit(key)).otherwise(name) for name, key in broken.items()}
+    )
+    write(path, steps, STEPS)
+    assert f"sdpo, seed 0: {words}" in said(own_run)
+
+
+def said(run: Path) -> str:
+    return " ".join(prose["text"] for prose in json.loads(Report(run).json())["prose"])
+
+
+# --- what is not there ----------------------------------------------------------------------
+
+LADDER = [
+    (["results.parquet", "items"], "python -m sdpo_eval {run}", FIGURES - {"h4", "tasks"}),
+    (["arms"], "python -m sdpo_train {run}", {"margin_curves", "length_confound"}),
+    (["scores.parquet"], None, set()),
+    (["partition.parquet"], "python -m sdpo_data.partition {run}", set()),
+    (["pairs.parquet", "held_out.parquet", "dropped.parquet"], "python -m sdpo_data.pairs {run}", set()),
+    (["config.yaml", "lineage.json"], "python -m sdpo_data.pairs {run}", set()),
+]
+
+
+def test_a_run_at_any_stage_has_a_report_that_names_the_next_command(own_run):
+    for gone, command, figures in LADDER:
+        for name in gone:
+            shutil.rmtree(own_run / name) if (own_run / name).is_dir() else (own_run / name).unlink()
+        report = Report(own_run)
+        assert set(re.findall(r'<figure id="figure-(\w+)">', report.html())) == figures
+        assert report.markdown()
+        commands = [missing["command"] for missing in json.loads(report.json())["missing"]]
+        assert command is None or command.format(run=own_run) in commands
+
+
+@pytest.mark.parametrize(
+    "gone", ["items", "arms/sdpo/seed_0/step_1/metrics.parquet", "pairs.parquet", "scores.parquet"]
+)
+def test_one_missing_piece_does_not_stop_the_report(own_run, gone):
+    shutil.rmtree(own_run / gone) if (own_run / gone).is_dir() else (own_run / gone).unlink()
+    assert Report(own_run).save().exists()
+
+
+def test_only_a_base_model_evaluated(own_run):
+    results = pl.read_parquet(own_run / "results.parquet").filter(arm="base")
+    results.write_parquet(own_run / "results.parquet")
+    report = Report(own_run)
+    assert report.table("scores")["model"].to_list() == ["base", "guessing"]
+    assert report.table("differences") is None
+
+
+def test_models_named_by_hand_stand_beside_each_other(own_run):
+    results = pl.read_parquet(own_run / "results.parquet").filter(step=0).with_columns(arm=pl.lit("my model"))
+    results.write_parquet(own_run / "results.parquet")
+    assert "my model" in Report(own_run).table("scores")["model"].to_list()
+
+
+def test_no_run_folder(tmp_path):
+    with pytest.raises(SdpoError, match=r"There is no run folder .*nowhere"):
+        Report(tmp_path / "nowhere")
+
+
+def test_a_table_that_is_not_parquet(own_run):
+    (own_run / "scores.parquet").write_bytes(b"half a fi")
+    with pytest.raises(SdpoError, match=r"scores\.parquet cannot be read as Parquet"):
+        Report(own_run)
+
+
+def test_a_table_that_lacks_a_column(own_run):
+    pl.read_parquet(own_run / "results.parquet").drop("stderr").write_parquet(own_run / "results.parquet")
+    with pytest.raises(SdpoError, match=r"results\.parquet is missing column 'stderr'"):
+        Report(own_run)
+
+
+# --- the command ----------------------------------------------------------------------------
+
+
+def test_the_command_says_up_to_date_until_something_changes(own_run, capsys):
+    page, up_to_date = f"{own_run / 'report.html'}\n", f"up to date: {own_run / 'report.html'}\n"
+    assert run_main(capsys, own_run).endswith(page)
+    made = (own_run / "report.html").stat().st_mtime_ns
+    assert run_main(capsys, own_run) == up_to_date
+    assert (own_run / "report.html").stat().st_mtime_ns == made
+    assert run_main(capsys, own_run, "--force").endswith(page)
+    pl.read_parquet(own_run / "results.parquet").head(3).write_parquet(own_run / "results.parquet")
+    assert not run_main(capsys, own_run).startswith("up to date")
+    assert run_main(capsys, own_run) == up_to_date
+    (own_run / "report.md").unlink()
+    assert not run_main(capsys, own_run).startswith("up to date")
+    (own_run / "report.json").write_text("{half")
+    assert not run_main(capsys, own_run).startswith("up to date")
+
+
+def test_the_command_prints_the_scores(own_run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    printed = run_main(capsys, own_run)
+    assert "TruthfulQA" in printed
+    value, stderr, n = (
+        pl.read_parquet(own_run / "results.parquet").filter(task="h4").select("value", "stderr", "n").row(0)
+    )
+    assert f"{value:.1f} ± {stderr:.1f} (n = {n})" in printed
+
+
+def test_report_and_plots_need_no_torch(run):
+    code = "import sys; sys.modules.update(dict.fromkeys(['torch', 'lm_eval', 'trl', 'transformers'])); "
+    code += "import sdpo_eval; print(len(sdpo_eval.Report(sys.argv[1]).html()))"
+    done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 1e5
+
+
+def run_main(capsys, *args) -> str:
+    main([str(arg) for arg in args])
+    return capsys.readouterr().out
+
+
+# --- numbers by hand ------------------------------------------------------------------------
+
+
+def test_margins_by_hand():
+    # margins 3, 1, -1: mean 1, residues 2, 0, -2. a and b share a prompt: prompts' sums 2 and -2, squares 8,
+    # times G / (G - 1) = 2: sqrt(16) / 3 = 4/3. (Three prompts of their own would give 2 / sqrt(3) = 1.15.)
+    # right: a, b: 200/3 %; residues 100/3, 100/3, -200/3; prompts' sums +-200/3; sqrt(2 * 2) * 200/3 / 3 = 400/9.
+    # per token: a -4/4 + 7/7 = 0, not above 0; b -5/5 + 6/2 = 2; c -9/9 + 8/2 = 3: right b, c.
+    rows = [("a", -4.0, -7.0, 4, 7), ("b", -5.0, -6.0, 5, 2), ("c", -9.0, -8.0, 9, 2)]
+    scores = pl.DataFrame(
+        [(i, "s", "key", cl, rl, ct, rt, 5, False, "float32") for i, cl, rl, ct, rt in rows], SCORES, orient="row"
+    ).with_columns(step=1)
+    pairs = pl.DataFrame({"pair_id": ["a", "b", "c"], "prompt_id": ["q1", "q1", "q2"]})
+    got = summarise_margins(scores, pairs, ["step"]).row(0, named=True)
+    assert (got["mean"], got["stderr"], got["n"]) == (pytest.approx(1), pytest.approx(4 / 3), 3)
+    assert (got["accuracy"], got["accuracy_stderr"]) == (pytest.approx(200 / 3), pytest.approx(400 / 9))
+    assert got["per_token"] == pytest.approx(200 / 3)
+    unknown = summarise_margins(scores, pairs.clear(), ["step"]).row(0, named=True)  # each pair its own prompt
+    assert unknown["stderr"] == pytest.approx(2 / math.sqrt(3))
+    one = summarise_margins(scores.head(2), pairs, ["step"]).row(0, named=True)  # one prompt: spread unknown
+    assert one["stderr"] is None
+
+
+def test_paired_differences_by_hand():
+    # questions 1 to 4 of both: differences 1, 0, 0, 1: mean 50 points; s^2 = 4 * 0.25 / 3 = 1/3;
+    # standard error 100 * sqrt(1/3 / 4) = 28.87. Question 5 was asked of one model only and does not count;
+    # question 1 under another protocol is another question.
+    def items(arm, step, scores, protocol="p@1"):
+        head = (arm, 0, step, "key", protocol, "arc_challenge")
+        rows = [(*head, i, "arc_challenge", score, score, -1.0, [-1.0]) for i, score in scores.items()]
+        return pl.DataFrame(rows, ITEMS, orient="row")
+
+    base = items("base", 0, {"1": 0.0, "2": 1.0, "3": 0.0, "4": 0.0})
+    last = items("sdpo", 2, {"5": 1.0, "4": 1.0, "3": 0.0, "2": 1.0, "1": 1.0})
+    other = pl.concat([items("base", 0, {"1": 1.0}, "p@2"), items("sdpo", 2, {"1": 0.0}, "p@2")])
+    results = pl.DataFrame({"protocol": ["p@1"], "task": ["arc_challenge"]})
+    got = paired_differences(pl.concat([base, last, other]), results, ("sdpo", 0, 2), ("base", 0, 0))
+    assert got.select("task", "value", "n").rows() == [("arc_challenge", 50.0, 4)]
+    assert got["stderr"][0] == pytest.approx(28.8675)
+
+
+def test_results_of_two_protocols_never_share_a_column():
+    rows = [("base", 0, "p@1"), ("sdpo", 1, "p@1"), ("sdpo", 2, "p@2")]
+    results = pl.DataFrame(
+        [(arm, 0, step, "key", protocol, "mmlu", "acc", 25.0, 1.0, 99, 99, "all") for arm, step, protocol in rows],
+        RESULTS, orient="row",
+    )  # fmt: skip
+    assert comparable_results(results).select("arm", "step").rows() == [("base", 0), ("sdpo", 1)]
+
+
+def test_numbers_as_they_are_written():
+    assert str(Estimate(57.31, 1.22, 1800)) == "57.3 ± 1.2 (n = 1,800)"
+    assert str(Estimate(-0.256, None, 1, digits=2, signed=True)) == "−0.26 (n = 1)"
+    assert Estimate(10.0, 1.0, 5, signed=True).interval_shown == "[+8.0, +12.0]"  # 10 -+ 1.96
+    assert Estimate(10.0, None, 1).interval_shown == "unknown"
+    written = {0.6931471: "0.6931", -12.345: "−12.3", 2.14e-05: "2.1 × 10⁻⁵", -3e-10: "−3.0 × 10⁻¹⁰", 0.0: "0.0000"}
+    assert {value: write_number(value) for value in written} == written
+
+
+def test_reading_gives_every_step_the_scores_of_its_own_reference(run):
+    evidence = read_evidence(sdpo_eval.Report(run).run)
+    keys = evidence.references.select("arm", "step", "model_key").unique().sort("arm", "step").rows()
+    assert keys == [("dpo", 1, KEYS["base", 0]), ("sdpo", 1, KEYS["base", 0]), ("sdpo", 2, KEYS["sdpo", 1])]
+
+
+# --- hostile data ---------------------------------------------------------------------------
+
+
+def test_hidden_characters_are_made_visible_and_long_texts_cut():
+    assert visible("a\u202eb\x00c\r\nd\te\u2028f") == "a⟨U+202E⟩b⟨U+0000⟩c\nd\te⟨U+2028⟩f"
+    assert visible("نمی‌خواهم 👩‍💻 naïve") == "نمی‌خواهم 👩‍💻 naïve"
+    assert visible("x" * 1_234_567, 567) == "x" * 567 + "… (1,234,000 more characters)"
+
+
+class Elements(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+
+def test_a_hostile_pair_adds_no_element_to_the_page(run, hostile_run):
+    pages = [Report(path).html() for path in (run, hostile_run)]
+    tags = []
+    for page in pages:
+        parser = Elements()
+        parser.feed(page)
+        tags.append(
+            [(tag, attrs) for tag, attrs in parser.tags if tag in ("script", "img", "iframe", "link", "a", "style")]
+        )
+    assert {tag for tag, _ in tags[1]} == {"script", "a", "style"}
+    assert tags[1] == tags[0]
+    hostile = pages[1]
+    assert "{{ 7*7 }}" in hostile
+    assert f"({len(MEGABYTES) - LONGEST_ANSWER:,} more characters)" in hostile
+    assert "⟨U+202E⟩" in hostile
+    assert "⟨U+0000⟩" in hostile
+    assert not re.search("[\x00-\x08\u202a-\u202e\u2028\u2066-\u2069\U000e0000-\U000e007f]", hostile)
+    assert len(hostile) < 5e6
+
+
+def test_a_hostile_pair_adds_nothing_to_markdown_or_json(hostile_run):
+    report = Report(hostile_run)
+    markdown = report.markdown()
+    rendered = MarkdownIt("commonmark", {"html": True}).enable("table").render(markdown)
+    parser = Elements()
+    parser.feed(rendered)
+    assert not {"script", "img", "a", "em", "b"} & {tag for tag, _ in parser.tags}
+    heads = [row.count("<th") for row in re.findall(r"<tr>(.*?)</tr>", rendered, re.DOTALL)]
+    assert heads.count(0) > 10
+    tables = re.findall(r"<table>(.*?)</table>", rendered, re.DOTALL)
+    for table in tables:  # a pipe in the data would shift its row
+        assert len(re.findall("</td>", table)) == len(re.findall("</th>", table)) * (
+            len(re.findall("</tr>", table)) - 1
+        )
+    assert len(tables) == sum(1 for section in report.sections for block in section.blocks if block.kind == "table")
+    for text in (markdown, report.json()):
+        assert not re.search("[\x00-\x08\u202a-\u202e\u2028\u2066-\u2069\U000e0000-\U000e007f]", text)
+        assert len(text) < 5e5
+    assert json.loads(report.json())["tables"]["data"]["dropped"]["rows"][0]["reason"].startswith("</script>")
+
+
+def test_the_page_asks_for_nothing_outside_itself(run):
+    page = Report(run).html()
+    policy = "default-src 'none'; script-src 'sha256-"
+    assert f'<meta http-equiv="Content-Security-Policy" content="{policy}' in page
+    outside = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    assert len(re.findall("<script>", page)) == 1
+    assert not re.search(r"https?://|@import|url\(|src=|<link", outside)
+
+
+# --- in the browser -------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr",
+    "--virtual-time-budget=20000", "--dump-dom",
+]  # fmt: skip
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no chromium binary on the path")
+def test_chromium_draws_every_figure_of_a_hostile_run_without_error(hostile_run, tmp_path):
+    page = tmp_path / "report.html"
+    page.write_text(Report(hostile_run).html(), "utf-8")
+    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    root = re.search(r"<html[^>]*>", done.stdout)[0]
+    assert 'data-ready="yes"' in root
+    assert "data-errors" not in root  # script errors, refused requests, figures that failed
+    assert "data-hacked" not in root
+    assert "CONSOLE" not in done.stderr
+    figures = dict(re.findall(r'<figure id="figure-(\w+)" data-drawn="yes">(.*?)</figure>', done.stdout, re.DOTALL))
+    assert set(figures) == FIGURES
+    for name, figure in figures.items():
+        assert len(re.findall(r"<path[^>]* d=", figure)) > 3, name
+        assert re.search(r'<svg[^>]* width="[1-9]\d\d', figure), name

@@ -290,7 +290,7 @@ def _as_messages(fields: dict[str, Any], prompt_format: str) -> dict[str, Any]:
     if not all(texts):
         answers = {name: [{"role": "assistant", "content": fields[name]}] if isinstance(fields[name], str) else fields[name]
                    for name in ("chosen", "rejected")}  # fmt: skip
-        return {**fields, **answers}
+        return _as_messages({**fields, **answers}, prompt_format)
     turns = prompt_format != "text" and _turns(prompt)
     if not turns and (prompt_format == "messages" or (prompt_format == "auto" and fields.get("system"))):
         turns = [{"role": "user", "content": prompt}]
@@ -331,6 +331,8 @@ def _explicit(row: dict[str, Any]) -> dict[str, Any]:
             raise _UnusableError(f"no {name}")
         if not isinstance(fields[name], str) and not _are_messages(fields[name]):
             raise _UnusableError(f"{name} is neither text nor a list of messages")
+    if row.get("history"):
+        raise _UnusableError("a history column: its turns belong into the prompt")
     if not isinstance(fields["prompt"], str):  # UltraFeedback repeats the prompt in the answers
         prompt = fields["prompt"]
         for name in ("chosen", "rejected"):

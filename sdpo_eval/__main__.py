@@ -33,14 +33,15 @@ def main() -> None:
 
 
 def tabulate(results: pl.DataFrame) -> pl.DataFrame:
-    """Lay RESULTS out for reading: a row per model, a column per task, which has the same n for all."""
+    """Lay RESULTS out for reading: a row per model, a column per task, whose n is the same for all."""
     rows: dict[tuple, dict[str, str]] = {}
-    for arm, seed, step, task, value, stderr, n in results.select(
-        "arm", "seed", "step", "task", "value", "stderr", "n"
-    ).rows():
-        error = "?" if stderr is None else f"{stderr:.1f}"
-        rows.setdefault((arm, seed, step), {})[f"{TITLES[task]} (n = {n:,})"] = f"{value:.1f} ± {error}"
-    return pl.DataFrame([{"arm": arm, "seed": seed, "step": step} | cells for (arm, seed, step), cells in rows.items()])
+    for row in results.iter_rows(named=True):
+        stderr = "?" if row["stderr"] is None else f"{row['stderr']:.1f}"
+        cells = rows.setdefault((row["arm"], row["seed"], row["step"]), {})
+        cells[f"{TITLES[row['task']]} (n = {row['n']:,})"] = f"{row['value']:.1f} ± {stderr}"
+    return pl.DataFrame(
+        [dict(zip(("arm", "seed", "step"), model, strict=True)) | cells for model, cells in rows.items()]
+    )
 
 
 def caveats(results: pl.DataFrame, missing_tasks: list[str]) -> list[str]:
@@ -50,13 +51,11 @@ def caveats(results: pl.DataFrame, missing_tasks: list[str]) -> list[str]:
     limited = asked.filter(pl.col("n") < pl.col("n_full")).select("task", "n", "n_full").rows()
     if limited:
         counts = ", ".join(f"{TITLES[task]} {n:,} of {n_full:,}" for task, n, n_full in limited)
-        lines.append(f"limited run, not a measurement of the models: {counts} questions.")
-    if missing_tasks:
-        names = " and ".join(TITLES[task] for task in missing_tasks)
-        lines.append(f"missing: {names} could not be had, so what is asked of it is not new.")
-    left_out = [task.title for name, task in TASKS.items() if name not in results["task"]]
+        lines.append(f"limited run, which does not measure the models: {counts} questions.")
+    why = {name: "out of reach" if name in missing_tasks else "not in eval.tasks" for name in TASKS}
+    left_out = [f"{TITLES[name]} is {why[name]}" for name in TASKS if name not in results["task"]]
     if left_out:
-        lines.append(f"no H4, which is the mean of all four tasks: {' and '.join(left_out)} not evaluated.")
+        lines.append(f"no H4, which is the mean of all four tasks: {', '.join(left_out)}.")
     return lines
 
 

@@ -1,5 +1,6 @@
 """What a report is built of. Numbers stay numbers in here; render.py makes them text."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -88,7 +89,8 @@ class Table:
 class Drawing:
     kind: ClassVar = "drawing"
     name: str
-    chart: Figure
+    draw: Callable[[], Figure]
+    """Draws when the page is written; Markdown and JSON do without."""
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ def _truthfulqa(task: Task, source: str) -> Documents | None:
         try:
             assets.require_hub(f"TruthfulQA ({source})")
         except SdpoError as silence:
-            log.warning("TruthfulQA is left out, and with it H4. %s Or a file: eval.truthfulqa.", silence)
+            log.warning("TruthfulQA is not asked, and H4 needs it. %s For it, name a file in eval.truthfulqa.", silence)
             return None
         raise  # the hub answers: it is the name that is wrong
 

@@ -142,7 +142,7 @@ def unbroken(text: str) -> str:
 
 def spec(drawing: Drawing) -> dict[str, Any]:
     """Take a chart apart: its title and subtitle, and the rest as JSON that may stand in a script element."""
-    chart = plain(drawing.chart.to_dict(), LONGEST_CELL)
+    chart = plain(drawing.draw().to_dict(), LONGEST_CELL)
     title = chart.pop("title")
     del chart["$schema"]  # an address, and the page is to name none
     text = json.dumps(chart, allow_nan=False)  # ASCII only

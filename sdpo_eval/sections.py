@@ -51,7 +51,7 @@ def _reference(evidence: Evidence) -> Iterator[Block]:
     if evidence.references.is_empty():
         return
     measured = measure_references(evidence)
-    yield Drawing("reference_margins", plots.plot_reference_margins(measured))
+    yield Drawing("reference_margins", lambda: plots.plot_reference_margins(measured))
     rows = [
         {name: row[name] for name in UNIT} | {"judged_by": row["reference"]} | _judgement(row)
         for row in measured.iter_rows(named=True)
@@ -82,9 +82,9 @@ def _training(evidence: Evidence) -> Iterator[Block]:
         yield name_command(evidence, "No step has been trained yet", "sdpo_train")
         return
     if "loss" in metrics["name"]:
-        yield Drawing("loss", plots.plot_loss(metrics))
+        yield Drawing("loss", lambda: plots.plot_loss(metrics))
     if "rewards/margins" in metrics["name"]:
-        yield Drawing("reward_margins", plots.plot_reward_margins(metrics))
+        yield Drawing("reward_margins", lambda: plots.plot_reward_margins(metrics))
     for _, chain in steps.group_by("arm", "seed", maintain_order=True):
         yield Prose(_hand_off(chain))
     rows = [
@@ -137,8 +137,8 @@ def _parts(evidence: Evidence) -> Iterator[Block]:
     title = f"Difficulty: {definition}{unit}, higher is harder; and what the base model thinks"
     yield Table("difficulty", title, _difficulty_rows(evidence), JUDGED)
     if scores.height:
-        yield Drawing("margin_curves", plots.plot_margin_curves(scores, partition))
-        yield Drawing("length_confound", plots.plot_length_confound(scores, partition))
+        yield Drawing("margin_curves", lambda: plots.plot_margin_curves(scores, partition))
+        yield Drawing("length_confound", lambda: plots.plot_length_confound(scores, partition))
     if known and scores.height:
         rho, n = length_correlation(scores, definition)
         yield Prose(
@@ -213,7 +213,9 @@ def _reproduce(evidence: Evidence) -> Iterator[Block]:
     modules = {"partition": "sdpo_data.partition", "arms": "sdpo_train", "items": "sdpo_eval"}
     done = [module for stage, module in modules.items() if any(unit.split("/")[0] == stage for unit in lineage)]
     commands = [f"python -m {module} {run}" for module in [*done, "sdpo_eval.report"]]
-    yield Listing("Commands, for a new folder that holds nothing but the config.yaml below", "\n".join(commands), folded=False)
+    yield Listing(
+        "Commands, for a new folder that holds nothing but the config.yaml below", "\n".join(commands), folded=False
+    )
     if evidence.config:
         yield Listing("config.yaml", evidence.config)
     if lineage:

@@ -55,8 +55,9 @@ def tell_h4(evidence: Evidence) -> Iterator[Block]:
     if results.is_empty():
         return
     if MEAN in results["task"]:
-        yield Drawing("h4", plots.plot_h4(results))
-    yield Drawing("tasks", plots.plot_tasks(results, {name: task.chance for name, task in TASKS.items()}, TITLES))
+        yield Drawing("h4", lambda: plots.plot_h4(results))
+    chance = {name: task.chance for name, task in TASKS.items()}
+    yield Drawing("tasks", lambda: plots.plot_tasks(results, chance, TITLES))
     yield Table("scores", "Points of 100 ± standard error (n questions)", _score_rows(results))
     contrasts = _contrasts(evidence, results)
     if contrasts:

@@ -38,7 +38,7 @@ def test_a_difficulty_says_its_unit_and_its_source(name):
 def test_an_unknown_difficulty_is_refused_with_all_there_are():
     with pytest.raises(
         SdpoError,
-        match="partition.difficulty 'lenght' is not defined. There are: margin_per_token, logp_margin, reward_accuracy",
+        match=r"partition\.difficulty 'lenght' is not defined\. There are: margin_per_token, logp_margin, reward_acc",
     ):
         difficulty_named("lenght")
 

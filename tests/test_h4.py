@@ -148,7 +148,7 @@ def test_truthfulqa_out_of_reach_is_said_and_left_out(folder, monkeypatch, caplo
     monkeypatch.setattr(assets, "require_hub", unreachable)
     with caplog.at_level(logging.WARNING):
         assert h4.load_documents(TRUTHFULQA, str(folder)) is None
-    assert "TruthfulQA is left out, and with it H4. The hub did not answer." in caplog.text
+    assert "TruthfulQA is not asked, and H4 needs it. The hub did not answer." in caplog.text
 
 
 def test_a_hub_that_answers_and_does_not_know_truthfulqa_is_an_error(folder, monkeypatch):
@@ -167,7 +167,7 @@ def test_truthfulqa_from_a_file(folder, tmp_path):
 
 
 def test_truthfulqa_from_a_file_that_is_not_there(folder):
-    with pytest.raises(SdpoError, match="typo.jsonl does not exist; TruthfulQA is read from it"):
+    with pytest.raises(SdpoError, match=r"typo.jsonl does not exist; TruthfulQA is read from it"):
         h4.load_documents(TRUTHFULQA, str(folder), "typo.jsonl")
 
 
@@ -208,9 +208,9 @@ def test_another_lm_eval_is_another_protocol(small, folder, monkeypatch):
 
 def items(task, scores, subject=None, arm="base", step=0):
     rows = [
-        {"arm": arm, "seed": 0, "step": step, "model_key": f"{arm}{step}", "protocol": f"h4-lmeval@{task}", "task": task,
-         "item_id": f"{subject or task}/{row}", "subject": subject or task, "correct": None, "score": score,
-         "gold_logp": -1.0, "choice_logps": [-1.0, -2.0]}
+        {"arm": arm, "seed": 0, "step": step, "model_key": f"{arm}{step}", "protocol": f"h4-lmeval@{task}",
+         "task": task, "item_id": f"{subject or task}/{row}", "subject": subject or task, "correct": None,
+         "score": score, "gold_logp": -1.0, "choice_logps": [-1.0, -2.0]}
         for row, score in enumerate(scores)
     ]  # fmt: skip
     return pl.DataFrame(rows, ITEMS)

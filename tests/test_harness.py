@@ -29,8 +29,9 @@ def choices(row, count=4):
 
 def hellaswag_rows(count):
     return [
-        {"ind": row, "activity_label": f"Act {row}", "ctx_a": f"[title] She takes  {WORDS[row % 8]}.", "ctx_b": "then she",
-         "ctx": "", "endings": [f"{ending} [step] it." for ending in choices(row)], "label": str(row % 4)}
+        {"ind": row, "activity_label": f"Act {row}", "ctx": "",
+         "ctx_a": f"[title] She takes  {WORDS[row % 8]}.", "ctx_b": "then she",
+         "endings": [f"{ending} [step] it." for ending in choices(row)], "label": str(row % 4)}
         for row in range(count)
     ]  # fmt: skip
 
@@ -357,12 +358,13 @@ def test_a_larger_limit_asks_only_what_is_new(small, models, run, answered):
 
 
 def test_numbers_do_not_depend_on_batch_size_or_limit(small, models, tmp_path):
-    evaluate(models / "base", config(small, limit=3, batch_size=1), tmp_path / "a")
-    evaluate(models / "base", config(small, batch_size=7), tmp_path / "b")
+    tasks = ["hellaswag", "truthfulqa_mc2"]
+    evaluate(models / "base", config(small, limit=3, batch_size=1, tasks=tasks), tmp_path / "a")
+    evaluate(models / "base", config(small, batch_size=7, tasks=tasks), tmp_path / "b")
     few, all_ = (Run(tmp_path / name).items.sort("task", "item_id").drop("correct") for name in "ab")
     common = all_.join(few, on=["task", "item_id"], how="semi", maintain_order="left")
-    assert few.height == 12
-    assert all_.height == 27
+    assert few.height == 6
+    assert all_.height == 11
     assert_frame_equal(few, common, abs_tol=1e-4)
 
 
@@ -457,15 +459,15 @@ def test_without_truthfulqa_three_tasks_and_no_h4(small, models, run, tmp_path, 
     without = tmp_path / "without"
     shutil.copytree(small, without, ignore=shutil.ignore_patterns("truthfulqa*"))
     with caplog.at_level(logging.WARNING):
-        results = evaluate(steps_of(models, "one"), config(without, limit=2), run)
-    assert results["task"].to_list() == ["arc_challenge", "hellaswag", "mmlu"] * 2
-    assert caplog.text.count("TruthfulQA is left out") == 1
-    whole = evaluate(steps_of(models, "one"), config(small, limit=2), run)
-    assert whole.filter(task="h4").height == 2
-    again = evaluate(steps_of(models, "one"), config(without, limit=2), run)  # what was answered before still stands
+        results = evaluate(models / "one", config(without, limit=1), run)
+    assert results["task"].to_list() == ["arc_challenge", "hellaswag", "mmlu"]
+    assert caplog.text.count("TruthfulQA is not asked") == 1
+    whole = evaluate(models / "one", config(small, limit=1), run)
+    assert whole.filter(task="h4").height == 1
+    again = evaluate(models / "one", config(without, limit=1), run)  # what was answered before still stands
     assert_frame_equal(again, whole)
-    more = evaluate(steps_of(models, "one"), config(without, limit=3), run)
-    assert more["task"].to_list() == ["arc_challenge", "hellaswag", "mmlu"] * 2
+    more = evaluate(models / "one", config(without, limit=2), run)
+    assert more["task"].to_list() == ["arc_challenge", "hellaswag", "mmlu"]
 
 
 def test_results_hold_only_models_asked_the_same(small, models, run, caplog):
@@ -493,7 +495,7 @@ def test_loaded_models_and_their_dtype(small, models):
     only = config(small, limit=2, tasks=["arc_challenge"])
     loaded = evaluate((model, tokenizer), only)
     assert_frame_equal(loaded, evaluate(models / "one", only))
-    with pytest.raises(SdpoError, match="'mine' is in bfloat16, but eval.dtype is float32"):
+    with pytest.raises(SdpoError, match=r"'mine' is in bfloat16, but eval.dtype is float32"):
         evaluate({"mine": (model.to(torch.bfloat16), tokenizer)}, only)
     with pytest.raises(SdpoError, match="Cannot evaluate a LlamaForCausalLM"):
         evaluate(model, only)
@@ -551,8 +553,8 @@ def test_up_to_date_needs_neither_torch_nor_lm_eval(small, models, run):
     code = f"""
 import dataclasses, sys
 from sdpo_eval import h4, __main__
-for name, count in {COUNTS}.items():
-    h4.TASKS[name] = dataclasses.replace(h4.TASKS[name], n_full=count)
+for name, (count, shots) in { {name: (task.n_full, task.shots) for name, task in h4.TASKS.items()} }.items():
+    h4.TASKS[name] = dataclasses.replace(h4.TASKS[name], n_full=count, shots=shots)
 sys.argv = ["sdpo_eval", {str(run)!r}]
 __main__.main()
 print([name for name in ("torch", "lm_eval", "transformers", "datasets") if name in sys.modules])

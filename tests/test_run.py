@@ -185,7 +185,9 @@ def test_sha256_is_that_of_the_bytes(tmp_path):
 
 
 def test_a_table_that_is_not_there_names_its_command(run):
-    with pytest.raises(SdpoError, match=r"scores\.parquet does not exist yet\. Make it with: python -m sdpo_data\.part"):
+    with pytest.raises(
+        SdpoError, match=r"scores\.parquet does not exist yet\. Make it with: python -m sdpo_data\.part"
+    ):
         _ = run.scores
     with pytest.raises(SdpoError, match=r"results\.parquet does not exist yet\. Make it with: python -m sdpo_eval "):
         _ = run.results
@@ -272,7 +274,7 @@ def holder(run):
 def test_a_second_process_on_the_same_unit_is_refused(run, holder):
     with pytest.raises(
         SdpoError,
-        match=rf"run: pairs is being worked on by process {holder.pid} on .+\. Wait for it, or end it; then start again",
+        match=rf"run: pairs is being worked on by process {holder.pid} on .+\. Wait for it, or end it; then start",
     ):
         make(run)
     with run.stage("scores", {}):  # another unit is free

@@ -59,7 +59,9 @@ def test_check_gives_the_schema_s_columns_in_its_order(partition):
 
 
 def test_check_names_the_missing_column(partition):
-    with pytest.raises(SdpoError, match=r"partition is missing column 'step'\. It has .*'rank'.*; it needs \['pair_id'"):
+    with pytest.raises(
+        SdpoError, match=r"partition is missing column 'step'\. It has .*'rank'.*; it needs \['pair_id'"
+    ):
         check(partition.drop("step"), PARTITION, "partition")
 
 

@@ -1,0 +1,157 @@
+"""What each figure draws, read from its specification."""
+
+import math
+
+import polars as pl
+import pytest
+from made_run import make_run
+
+from sdpo_data.run import Run
+from sdpo_data.tables import METRICS, RESULTS
+from sdpo_eval import plots
+from sdpo_eval.evidence import measure_references, read_evidence
+
+
+@pytest.fixture(scope="module")
+def evidence(tmp_path_factory):
+    return read_evidence(Run(make_run(tmp_path_factory.mktemp("made") / "run")))
+
+
+def rows_of(chart) -> list[dict]:
+    """The rows that a chart holds."""
+    spec = chart.to_dict()
+    return spec["datasets"][spec["data"]["name"]]
+
+
+def encodings_of(spec: dict) -> list[dict]:
+    """The encodings of every layer."""
+    inner = spec.get("spec", spec)
+    return [{**inner.get("encoding", {}), **layer.get("encoding", {})} for layer in inner.get("layer", [inner])]
+
+
+def results_of(*rows) -> pl.DataFrame:
+    """RESULTS from (arm, seed, step, value, stderr)."""
+    full = [
+        (arm, seed, step, "key", "p@1", "h4", "mean", value, stderr, 99, 99, "all")
+        for arm, seed, step, value, stderr in rows
+    ]
+    return pl.DataFrame(full, RESULTS, orient="row")
+
+
+def metrics_of(name: str, **updates: int) -> pl.DataFrame:
+    """METRICS of arm "a", seed 0: step_1=3 has updates 1, 2, 3 of step 1, with values 1.1, 1.2, 1.3."""
+    rows = [
+        ("a", 0, int(step[-1]), update, name, int(step[-1]) + update / 10)
+        for step, last in updates.items()
+        for update in range(1, last + 1)
+    ]
+    return pl.DataFrame(rows, METRICS, orient="row")
+
+
+def test_h4_starts_every_arm_at_the_base_model_with_95_percent_bars():
+    # 40 +- 1.959964 * 2 = 36.08 .. 43.92
+    chart = plots.plot_h4(results_of(("base", 0, 0, 40.0, 2.0), ("a", 0, 1, 41.0, None), ("b", 0, 1, 39.0, 1.0)))
+    rows = rows_of(chart)
+    assert [(row["arm"], row["step"], row["model"]) for row in rows] == [
+        ("a", 0, "base"), ("a", 1, "a seed 0 step 1"), ("b", 0, "base"), ("b", 1, "b seed 0 step 1"),
+    ]  # fmt: skip
+    assert (rows[0]["low"], rows[0]["high"]) == (pytest.approx(36.08, abs=0.001), pytest.approx(43.92, abs=0.001))
+    assert (rows[1]["low"], rows[1]["high"]) == (None, None)  # no standard error, no bar
+    assert rows[0]["x"] == rows[2]["x"] == 0
+    assert rows[1]["x"] < 1 < rows[3]["x"]  # bars of two arms do not hide each other
+
+
+def test_seeds_start_at_the_base_model_each():
+    results = results_of(("base", 0, 0, 40.0, 2.0), ("a", 0, 1, 41.0, 1.0), ("a", 7, 1, 42.0, 1.0))
+    rows = rows_of(plots.plot_h4(results))
+    assert [(row["seed"], row["step"]) for row in rows] == [(0, 0), (0, 1), (7, 0), (7, 1)]
+
+
+def test_tasks_carry_the_chance_they_have(evidence):
+    chart = plots.plot_tasks(evidence.results, {"mmlu": 25.0}, {"mmlu": "MMLU"})
+    chance = {row["task"]: row["chance"] for row in rows_of(chart)}
+    assert chance == {"MMLU": 25.0, "arc_challenge": None, "hellaswag": None, "truthfulqa_mc2": None}
+    assert "guessing" in chart.to_dict()["title"]["subtitle"]
+    assert "guessing" not in plots.plot_tasks(evidence.results, {}, {}).to_dict()["title"]["subtitle"]
+
+
+def test_updates_of_the_steps_stand_end_to_end():
+    # step 1 has 3 updates: update 2 of step 2 is the arm's fifth
+    metrics = pl.concat([metrics_of("loss", step_2=2, step_1=3), metrics_of("grad_norm", step_1=3)])
+    got = [(row["step"], row["update"], row["at"], row["value"]) for row in rows_of(plots.plot_loss(metrics))]
+    assert got == [(1, 1, 1, 1.1), (1, 2, 2, 1.2), (1, 3, 3, 1.3), (2, 1, 4, 2.1), (2, 2, 5, 2.2)]
+
+
+def test_the_loss_is_drawn_against_log_2_once():
+    spec = plots.plot_loss(metrics_of("loss", step_1=2)).to_dict()
+    starts = [encoding["y"]["datum"] for encoding in encodings_of(spec) if "datum" in encoding.get("y", {})]
+    assert starts == [math.log(2)] * 2  # the line and its label
+    assert all(
+        "aggregate" in layer["transform"][0] for layer in spec["spec"]["layer"] if "datum" in layer["encoding"]["y"]
+    )
+
+
+def test_a_long_training_is_thinned_and_says_so():
+    chart = plots.plot_loss(metrics_of("loss", step_1=3 * plots.MOST_POINTS))
+    rows = rows_of(chart)
+    assert len(rows) == plots.MOST_POINTS
+    assert [row["update"] for row in rows[:3]] == [1, 4, 7]  # the first update, at log 2, is always there
+    assert "One update in 3 is drawn." in chart.to_dict()["title"]["subtitle"]
+    assert "One update" not in plots.plot_loss(metrics_of("loss", step_1=3)).to_dict()["title"]["subtitle"]
+
+
+def test_margin_curves_by_hand(scores):
+    # margins a +1, b -3, c +1, d -9, e +4. Step 1 (e, a, c): 1, 1, 4; step 2 (b, d): -9, -3
+    steps = pl.DataFrame({"pair_id": ["e", "a", "c", "b", "d"], "step": [1, 1, 1, 2, 2]})
+    rows = rows_of(plots.plot_margin_curves(scores, steps))
+    assert [(row["step"], row["margin"], row["share"]) for row in rows] == [
+        (1, 1.0, 0.3333), (1, 1.0, 0.6667), (1, 4.0, 1.0), (2, -9.0, 0.5), (2, -3.0, 1.0),
+    ]  # fmt: skip
+
+
+def test_margin_curves_of_many_pairs_stay_small_and_reach_1(scores):
+    many = pl.concat(
+        [scores.head(1).with_columns(pair_id=pl.lit(str(i)), chosen_logp=pl.lit(-float(i))) for i in range(999)]
+    )
+    rows = rows_of(plots.plot_margin_curves(many, many.select("pair_id", step=pl.lit(1))))
+    assert len(rows) == plots.QUANTILES
+    assert rows[-1] == {"step": 1, "margin": 11.0, "share": 1.0}  # largest: -0 + 11
+    assert [row["share"] for row in rows] == sorted(row["share"] for row in rows)
+
+
+def test_length_confound_by_hand_and_sampled(scores):
+    # chosen minus rejected tokens: a 2, b 1, c -1, d 7, e -3
+    partition = scores.select(
+        "pair_id", "source", difficulty=-pl.col("chosen_logp"), step=pl.lit(1), definition=pl.lit("mine")
+    )
+    chart = plots.plot_length_confound(scores, partition)
+    assert {row["pair_id"]: row["tokens"] for row in rows_of(chart)} == {"a": 2, "b": 1, "c": -1, "d": 7, "e": -3}
+    assert "mine" in chart.to_dict()["encoding"]["y"]["title"]
+    many = pl.concat([scores.with_columns(pair_id=pl.col("pair_id") + str(i)) for i in range(plots.MOST_POINTS // 4)])
+    parts = many.select("pair_id", "source", difficulty=pl.lit(1.0), **mine)
+    sampled = plots.plot_length_confound(many, parts)
+    assert len(rows_of(sampled)) == plots.MOST_POINTS
+    assert "2,000 of 2,500 pairs" in sampled.to_dict()["title"]["subtitle"]
+
+
+def test_every_figure_has_title_units_tooltip_and_more_than_colour(evidence):
+    figures = [
+        plots.plot_h4(evidence.results),
+        plots.plot_tasks(evidence.results, {}, {}),
+        plots.plot_reference_margins(measure_references(evidence)),
+        plots.plot_margin_curves(evidence.scores, evidence.partition),
+        plots.plot_length_confound(evidence.scores, evidence.partition),
+        plots.plot_loss(evidence.metrics),
+        plots.plot_reward_margins(evidence.metrics),
+    ]
+    assert len(figures) == sum(name.startswith("plot_") for name in vars(plots))
+    for figure in figures:
+        spec = figure.to_dict()
+        assert spec["title"]["text"]
+        assert spec["title"]["subtitle"]
+        encodings = encodings_of(spec)
+        assert any("tooltip" in encoding for encoding in encodings)
+        for encoding in encodings:
+            assert "color" not in encoding or {"shape", "strokeDash"} & set(encoding)
+        titles = [encoding["y"].get("title") for encoding in encodings if encoding.get("y", {}).get("field")]
+        assert any(titles)

@@ -3,16 +3,18 @@
 Sequences are sorted, so that those with a common beginning stand together, and packed into rows.
 A row is the prefix tree of its sequences, written out depth first: a token sees its ancestors and
 itself, and its position is its depth. So every sequence gets what it would get alone, and a token
-that several sequences share is computed once a row.
+that several sequences share is computed once a row. Last tokens are only predicted, never read,
+so they are in no row.
 
-        prompt -+- chosen      tokens    p0 p1 p2 c3 c4 r3 r4 r5
-                +- rejected    position   0  1  2  3  4  3  4  5
-                               r4 sees   p0 p1 p2 r3 r4
+        prompt -+- chosen (c3 c4 c5)       tokens    p0 p1 p2 c3 c4 r3
+                +- rejected (r3 r4)        position   0  1  2  3  4  3
+                                           r3 sees   p0 p1 p2 r3, and predicts r4
 
-The saving is (2P + C + R) / (P + C + R) for a pair, and there is no padding at all.
+The saving is about (2P + C + R) / (P + C + R) for a pair, and there is no padding at all.
 """
 
 import inspect
+import itertools
 import logging
 import weakref
 from collections.abc import Iterator, Sequence
@@ -29,18 +31,21 @@ log = logging.getLogger(__name__)
 
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3, "float16": 0.1}  # nats a token, packed against alone, at the probe
 
+PLAIN_ROW = 512  # tokens up to which a row takes in anything that fits: small matrices are slow
+WORTH = 3000  # a shared token saves as much work as this many masked-out pairs of tokens cost, in a 135M model
+
 _packs: "weakref.WeakKeyDictionary[PreTrainedModel, bool]" = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
 class Row:
-    """The prefix tree of some sequences, one node a token, depth first."""
+    """The prefix tree of some sequences without their last tokens, one node a token, depth first."""
 
     tokens: np.ndarray  # (nodes,) token ids
     depth: np.ndarray  # (nodes,) position ids
-    parent: np.ndarray  # (nodes,) node before; the root is its own
     end: np.ndarray  # (nodes,) node j is seen by node i if j <= i < end[j]
-    completions: dict[int, np.ndarray]  # sequence -> its completion's nodes, in order
+    predictors: dict[int, np.ndarray]  # sequence -> the nodes that predict its completion, in order
+    targets: dict[int, np.ndarray]  # sequence -> the token ids they are to predict
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ def score_completions(
         packed = [place for place, (ids, _) in enumerate(sequences) if len(ids) <= window and _can_pack(model)]
         alone = sorted(set(range(len(sequences))) - set(packed))
         for row in plan_rows(sequences, packed, token_budget):
-            yield list(row.completions), _score_row(model, row)
+            yield list(row.predictors), _score_row(model, row)
         for batch in _plan_batches(sequences, alone, token_budget):
             yield batch, _score_batch(model, [sequences[place] for place in batch])
 
@@ -89,47 +94,53 @@ def score_completions(
 def plan_rows(sequences: Sequence[tuple[Sequence[int], int]], places: Sequence[int], token_budget: int) -> list[Row]:
     """Pack sequences into rows of at most `token_budget` tokens, the longest row first.
 
-    The plan depends on the sequences alone, not on their order.
+    Beyond PLAIN_ROW a row takes a sequence in only where what it shares outweighs the attention
+    between siblings, which is computed and masked. The plan depends on the sequences alone, not
+    on their order.
     """
     ids = {place: np.asarray(sequences[place][0], dtype=np.int64) for place in places}
     order = sorted(places, key=lambda place: (ids[place].astype(">i8").tobytes(), sequences[place][1]))
-    runs: list[list[tuple[int, int]]] = []  # rows of (sequence, tokens it shares with the one before)
+    runs: list[list[tuple[int, int]]] = []  # rows of (sequence, nodes it shares with the one before)
     size = 0
     for place in order:
-        shared = _common_prefix(ids[runs[-1][-1][0]], ids[place]) if runs else 0
-        if not runs or size + len(ids[place]) - shared > token_budget:
+        shared = _common_prefix(ids[runs[-1][-1][0]][:-1], ids[place][:-1]) if runs else 0
+        fresh = len(ids[place]) - 1 - shared
+        pays = size + fresh <= PLAIN_ROW or 2 * size * fresh <= WORTH * shared
+        if not (runs and pays and size + fresh <= token_budget):
             runs.append([])
-            shared = size = 0
+            fresh, shared, size = fresh + shared, 0, 0
         runs[-1].append((place, shared))
-        size += len(ids[place]) - shared
+        size += fresh
     rows = [_tree(run, ids, sequences) for run in runs]
     return sorted(rows, key=lambda row: -len(row.tokens))
 
 
 def count_tokens(sequences: Sequence[tuple[Sequence[int], int]]) -> int:
     """Count the nodes of the one prefix tree of all sequences: the fewest tokens any plan can compute."""
-    whole = plan_rows(sequences, range(len(sequences)), sum(len(ids) for ids, _ in sequences))
-    return sum(len(row.tokens) for row in whole)
+    order = sorted(np.asarray(ids[:-1], dtype=">i8").tobytes() for ids, _ in sequences)
+    texts = [np.frombuffer(text, dtype=">i8") for text in order]
+    shared = (_common_prefix(before, text) for before, text in itertools.pairwise(texts))
+    return sum(map(len, texts)) - sum(shared)
 
 
 def _tree(
     run: list[tuple[int, int]], ids: dict[int, np.ndarray], sequences: Sequence[tuple[Sequence[int], int]]
 ) -> Row:
-    size = sum(len(ids[place]) - shared for place, shared in run)
-    tokens, depth, parent = (np.zeros(size, dtype=np.int64) for _ in range(3))
+    size = sum(len(ids[place]) - 1 - shared for place, shared in run)
+    tokens, depth = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
     end = np.full(size, size, dtype=np.int64)
     path = np.zeros(0, dtype=np.int64)  # node at each depth of the sequence before
-    completions, used = {}, 0
+    predictors, targets, used = {}, {}, 0
     for place, shared in run:
-        fresh = np.arange(used, used + len(ids[place]) - shared)
+        fresh = np.arange(used, used + len(ids[place]) - 1 - shared)
         end[path[shared:]] = used  # what the sequence before did not share, nothing later sees
         path = np.concatenate([path[:shared], fresh])
-        tokens[fresh] = ids[place][shared:]
+        tokens[fresh] = ids[place][shared:-1]
         depth[fresh] = np.arange(shared, len(path))
-        parent[fresh] = path[np.maximum(depth[fresh] - 1, 0)]
-        completions[place] = path[sequences[place][1] :]
+        start = sequences[place][1]
+        predictors[place], targets[place] = path[start - 1 :], ids[place][start:]
         used += len(fresh)
-    return Row(tokens, depth, parent, end, completions)
+    return Row(tokens, depth, end, predictors, targets)
 
 
 def _score_row(model: "PreTrainedModel", row: Row) -> list[Completion]:
@@ -139,31 +150,33 @@ def _score_row(model: "PreTrainedModel", row: Row) -> list[Completion]:
     node = torch.arange(len(row.tokens), device=device)
     end = torch.from_numpy(row.end).to(device)
     seen = (node[None, :] <= node[:, None]) & (node[:, None] < end[None, :])  # (nodes, nodes)
-    hidden_bias = torch.zeros(seen.shape, dtype=model.dtype, device=device)
-    hidden_bias.masked_fill_(~seen, torch.finfo(model.dtype).min)
-    wanted = np.unique(np.concatenate(list(row.completions.values())))
-    predictors, column = np.unique(row.parent[wanted], return_inverse=True)
+    bias = torch.zeros(seen.shape, dtype=model.dtype, device=device)
+    bias.masked_fill_(~seen, torch.finfo(model.dtype).min)
+    kept, rows = np.unique(np.concatenate(list(row.predictors.values())), return_inverse=True)
     logits = model(
         input_ids=torch.from_numpy(row.tokens)[None].to(device),
         position_ids=torch.from_numpy(row.depth)[None].to(device),
-        attention_mask=hidden_bias[None, None],
+        attention_mask=bias[None, None],
         use_cache=False,
-        **_keep(model, torch.from_numpy(predictors).to(device)),
-    ).logits[0]  # (predictors, vocab)
-    logps, greedy = _read(logits, torch.from_numpy(column).to(device), torch.from_numpy(row.tokens[wanted]).to(device))
-    place_of = np.zeros(len(row.tokens), dtype=np.int64)
-    place_of[wanted] = np.arange(len(wanted))
-    return [
-        Completion(logps[place_of[nodes]], bool(greedy[place_of[nodes]].all())) for nodes in row.completions.values()
-    ]
+        **_keep(model, torch.from_numpy(kept).to(device)),
+    ).logits[0]  # (kept, vocab)
+    return _read(logits, rows, list(row.targets.values()))
 
 
-def _read(logits: "torch.Tensor", rows: "torch.Tensor", tokens: "torch.Tensor") -> tuple[np.ndarray, np.ndarray]:
-    """Log-probability of token k after row rows[k], in float32, and whether it is the likeliest."""
+def _read(logits: "torch.Tensor", rows: np.ndarray, targets: Sequence[np.ndarray]) -> list[Completion]:
+    """Log-probabilities, in float32, of the targets one after the other, target k predicted by logits[rows[k]]."""
+    import torch
+
     logits = logits.float()
-    picked = logits[rows, tokens]
-    logps = picked - logits.logsumexp(-1)[rows]
-    return logps.cpu().numpy(), (logits.argmax(-1)[rows] == tokens).cpu().numpy()
+    tokens = torch.from_numpy(np.concatenate(targets)).to(logits.device)
+    at = torch.from_numpy(rows).to(logits.device)
+    logps = (logits[at, tokens] - logits.logsumexp(-1)[at]).cpu().numpy()
+    likeliest = (logits.argmax(-1)[at] == tokens).cpu().numpy()
+    ends = np.cumsum([len(target) for target in targets])[:-1]
+    return [
+        Completion(part, bool(best.all()))
+        for part, best in zip(np.split(logps, ends), np.split(likeliest, ends), strict=True)
+    ]
 
 
 def _keep(model: "PreTrainedModel", positions: "torch.Tensor") -> dict[str, "torch.Tensor"]:
@@ -181,7 +194,7 @@ def _can_pack(model: "PreTrainedModel") -> bool:
         sequences = [(ids[:12], 8), (ids[:8] + ids[12:18], 8), (ids[:4] + ids[18:], 4)]
         [row] = plan_rows(sequences, range(3), 100)
         try:
-            together = dict(zip(row.completions, _score_row(model, row), strict=True))
+            together = dict(zip(row.predictors, _score_row(model, row), strict=True))
             gap = max(
                 float(np.abs(together[place].logps - _score_batch(model, [sequence])[0].logps).max())
                 for place, sequence in enumerate(sequences)
@@ -226,9 +239,8 @@ def _score_batch(model: "PreTrainedModel", batch: Sequence[tuple[Sequence[int], 
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (batch, length, vocab)
     completions = []
     for row, (tokens, start) in enumerate(batch):
-        places = torch.arange(len(tokens) - start, device=model.device)
-        logps, greedy = _read(logits[row, start - 1 : len(tokens) - 1], places, ids[row, start : len(tokens)])
-        completions.append(Completion(logps, bool(greedy.all())))
+        predicting = logits[row, start - 1 : len(tokens) - 1]
+        completions += _read(predicting, np.arange(len(tokens) - start), [np.asarray(tokens[start:], dtype=np.int64)])
     return completions
 
 

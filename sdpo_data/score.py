@@ -34,8 +34,8 @@ class ScoreConfig(Settings):
     """Longest prompt + answer, tokens."""
     truncation: Truncation = "drop"
     """A pair with a longer side: drop it (counted), or cut that answer's end as TRL does."""
-    token_budget: int = pydantic.Field(512, ge=1)
-    """Tokens per packed row. Changes speed and memory; the numbers only within float noise."""
+    token_budget: int = pydantic.Field(2048, ge=1)
+    """Tokens per packed row at most. Changes speed and memory; the numbers only within float noise."""
 
 
 def score_pairs(pairs: pl.DataFrame, model: "Model", config: ScoreConfig | None = None) -> pl.DataFrame:

@@ -23,6 +23,7 @@ import ruamel.yaml
 from sdpo_data.config import Settings, merge_config
 from sdpo_data.console import progress
 from sdpo_data.models import load_model, model_key
+from sdpo_data.prefix import score_completions
 from sdpo_data.run import Run
 from sdpo_data.tables import ITEMS, STEPS, SdpoError, check
 from sdpo_eval import h4
@@ -47,7 +48,7 @@ class EvalConfig(Settings):
     tasks: list[Literal["arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2"]] = pydantic.Field(
         ["arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2"], min_length=1
     )
-    """H4 needs all four."""
+    """Which tasks to ask; H4 needs all four."""
     limit: int | None = pydantic.Field(None, ge=1)
     """Items per task, MMLU's spread over its subjects, always the same ones; None for all."""
     mmlu_subjects: list[str] = pydantic.Field([])
@@ -58,8 +59,8 @@ class EvalConfig(Settings):
     """TruthfulQA where data_dir has none: a hub id, or a .jsonl(.gz) file."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of weights and forward pass, the same for every model."""
-    batch_size: int = pydantic.Field(4, ge=1)
-    """Sequences per forward pass. Changes speed and memory, not the numbers."""
+    token_budget: int = pydantic.Field(4096, ge=1)
+    """Tokens per packed row at most. Changes speed and memory; the numbers only within float noise."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,9 @@ class Plan:
     force: bool
 
     def save_settings(self) -> None:
-        named = {c.arm: str(c.model) for c in self.candidates if c.arm == "base" and not isinstance(c.model, tuple)}
-        model = {"model": named["base"]} if named else {}
+        first, model = self.candidates[0], {}
+        if first.arm == "base" and not isinstance(first.model, tuple) and self.run.steps.is_empty():
+            model = {"model": str(first.model)}  # where there are steps, it is the model they were trained from
         merge_config(self.run, model | {"eval": self.config.model_dump(mode="json")})
 
 
@@ -172,16 +174,10 @@ def plan_evaluation(
         if asked := _questions(h4.TASKS[name], config, run):
             questions[name] = asked
     missing: list[str] = [name for name in config.tasks if name not in questions or not questions[name].documents]
-    lineage = {} if force else run.lineage
-    for candidate in candidates:
-        for name, asked in questions.items():
-            made, recipe = lineage.get(candidate.unit(name), {}).get("recipe", {}), _recipe(candidate, asked)
-            changed = [key for key in made if made[key] != recipe[key]]
-            if changed:
-                raise SdpoError(
-                    f"{run.path / candidate.unit(name)}.parquet was made with {changed[0]} = {made[changed[0]]!r}, "
-                    f"now it is {recipe[changed[0]]!r}. Choose another run folder, or --force to evaluate it again."
-                )
+    if not force:
+        for candidate in candidates:
+            for asked in questions.values():
+                _refuse_another_recipe(run, candidate, asked)
     return Plan(run, config, candidates, questions, missing, force)
 
 
@@ -271,6 +267,38 @@ def answer_items(lm: "HFLM", task: h4.Task, items: list[Item]) -> list[dict[str,
     return [_scored(task, item, [next(answers) for _ in item.pairs]) for item in items]
 
 
+def prefix_lm(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", token_budget: int = 4096) -> "HFLM":
+    """Give lm-eval's HFLM for a loaded model, with its log-probabilities from the prefix engine.
+
+    It can stand wherever an HFLM does: `lm_eval.simple_evaluate(model=prefix_lm(...), tasks=...)`.
+    Requests are encoded by HFLM; what they share is computed once.
+
+    Args:
+        token_budget: tokens per packed row at most.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class PrefixLM(HFLM):
+        def _loglikelihood_tokens(
+            self,
+            requests: list,
+            disable_tqdm: bool = False,  # noqa: FBT001 - HFLM's
+            override_bs: int | None = None,
+        ) -> list[tuple[float, bool]]:
+            sequences = []
+            for _, context, answer in requests:
+                ids = (context + answer)[-(self.max_length + 1) :]  # as HFLM cuts
+                sequences.append((ids, len(ids) - len(answer)))
+            answers: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
+            for places, completions in score_completions(self.model, sequences, token_budget):
+                for place, completion in zip(places, completions, strict=True):
+                    answers[place] = (float(completion.logps.sum(dtype="float64")), completion.greedy)
+                    self.cache_hook.add_partial("loglikelihood", requests[place][0], answers[place])
+            return answers
+
+    return PrefixLM(pretrained=model, tokenizer=tokenizer)
+
+
 def _scored(task: h4.Task, item: Item, answers: list[tuple[float, bool]]) -> dict[str, Any]:
     logps = [logp for logp, _ in answers]
     scores = item.task.process_results(item.doc, answers)
@@ -314,7 +342,7 @@ def _base_model(run: Run) -> str:
     path = run.path / "config.yaml"
     settings = (ruamel.yaml.YAML(typ="safe").load(path) if path.exists() else None) or {}
     if "model" not in settings:
-        raise SdpoError(f"{path} does not name the model before step 1. Name it: evaluate(..., base=...).")
+        raise SdpoError(f"{path} does not name the model before step 1. Give it as base=.")
     return settings["model"]
 
 
@@ -351,6 +379,20 @@ def _recipe(candidate: Candidate, asked: Questions) -> dict[str, str]:
     return {"model_key": candidate.model_key, "protocol": asked.protocol}
 
 
+def _refuse_another_recipe(run: Run, candidate: Candidate, asked: Questions) -> None:
+    file = f"{candidate.unit(asked.task.name)}.parquet"
+    if not (run.path / file).exists():
+        return
+    items = run.read(candidate.unit(asked.task.name))
+    for name, now in _recipe(candidate, asked).items():
+        made = items.filter(pl.col(name) != now)[name]
+        if len(made):
+            raise SdpoError(
+                f"{run.path / file} holds answers of {name} {made[0]}, now it is {now}. "
+                "Choose another run folder, or --force to evaluate it again."
+            )
+
+
 def _evaluate_task(
     plan: Plan, candidate: Candidate, asked: Questions, known: pl.DataFrame, engine: "Callable[[], HFLM]"
 ) -> pl.DataFrame:
@@ -359,13 +401,14 @@ def _evaluate_task(
     own = dict(zip(UNIT, (candidate.arm, candidate.seed, candidate.step), strict=True))
     same = known.filter(task=asked.task.name, **recipe)  # in any arm
     missing = sorted(set(asked.chosen) - set(same["item_id"]))
-    if set(asked.chosen) <= set(same.filter(**own)["item_id"]) or (missing and asked.documents is None):
+    finished = set(asked.chosen) <= set(same.filter(**own)["item_id"]) and unit in plan.run.lineage
+    if finished or (missing and asked.documents is None):
         return known
     rows = same.unique("item_id", keep="first", maintain_order=True).with_columns(
         pl.lit(value, ITEMS[name]).alias(name) for name, value in own.items()
     )
     constant = {**own, **recipe, "task": asked.task.name}
-    with plan.run.stage(unit, recipe, force=True) as stage:  # plan_evaluation has compared the recipe
+    with plan.run.stage(unit, recipe, force=True) as stage:  # the plan has refused another recipe
         started = time.monotonic()
         for answers in _answers(engine, asked, missing, unit):
             rows = rows.vstack(pl.DataFrame([constant | answer for answer in answers], ITEMS))
@@ -373,7 +416,13 @@ def _evaluate_task(
             plan.save_settings()
         if not missing:
             stage.write(unit, rows)
-        log.info("%s: %d items in %.0f s, %d known", unit, len(missing), time.monotonic() - started, len(same))
+        log.info(
+            "%s: %d items answered in %.0f s, %d known before",
+            unit,
+            len(missing),
+            time.monotonic() - started,
+            len(same),
+        )
     return pl.concat([known, rows])
 
 
@@ -405,11 +454,9 @@ def _opened(candidate: Candidate, config: EvalConfig) -> "Iterator[Callable[[], 
 
     def engine() -> "HFLM":
         if not loaded:
-            from lm_eval.models.huggingface import HFLM
-
             model, tokenizer = _load(candidate, config.dtype)
             with _quiet():
-                loaded.append(HFLM(pretrained=model, tokenizer=tokenizer, batch_size=config.batch_size))
+                loaded.append(prefix_lm(model, tokenizer, config.token_budget))
         return loaded[0]
 
     yield engine
@@ -476,7 +523,7 @@ def _write_results(plan: Plan) -> pl.DataFrame:
     results = h4.summarise_items(whole)
     if not path.exists() or not plan.run.results.equals(results):
         protocols = {name: asked.protocol for name, asked in plan.questions.items()}
-        recipe = plan.config.model_dump(exclude={"batch_size"})
+        recipe = plan.config.model_dump(exclude={"token_budget"})
         with plan.run.stage("results", recipe | {"protocols": protocols}, force=True) as stage:
             stage.write("results", results)
             plan.save_settings()

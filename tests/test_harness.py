@@ -16,7 +16,7 @@ from sdpo_data.models import load_model, model_key
 from sdpo_data.run import Run
 from sdpo_data.tables import ITEMS, RESULTS, STEPS, SdpoError, check
 from sdpo_eval import h4, harness
-from sdpo_eval.harness import EvalConfig, answer_items, build_items, evaluate
+from sdpo_eval.harness import EvalConfig, answer_items, build_items, evaluate, prefix_lm
 
 SUBJECTS = ["anatomy", "astronomy", "virology"]  # of MMLU: lm-eval has a file for each
 COUNTS = {"arc_challenge": 7, "hellaswag": 6, "mmlu": 9, "truthfulqa_mc2": 5}
@@ -249,7 +249,7 @@ METRICS = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "mmlu": "acc", 
 
 
 def compare_with_lm_eval(folder, data, names, limit, tmp_path, monkeypatch):
-    """Answer the first documents of each task with HFLM through us and through simple_evaluate."""
+    """Answer the first documents of each task on the prefix engine, and with HFLM through simple_evaluate."""
     from lm_eval.models.huggingface import HFLM
 
     model, tokenizer = load_model(folder)
@@ -261,7 +261,7 @@ def compare_with_lm_eval(folder, data, names, limit, tmp_path, monkeypatch):
         items = build_items(
             task, h4.load_documents(task, str(data)), [f"{subject or name}/{row}" for row in range(limit)]
         )
-        for ours, sample in zip(answer_items(lm, task, items), theirs, strict=True):
+        for ours, sample in zip(answer_items(prefix_lm(model, tokenizer), task, items), theirs, strict=True):
             logps = [logp for logp, _ in sample["filtered_resps"]]
             assert ours["choice_logps"] == pytest.approx(logps, abs=1e-4)
             assert ours["score"] == pytest.approx(sample[METRICS[name]], abs=1e-6)
@@ -357,10 +357,10 @@ def test_a_larger_limit_asks_only_what_is_new(small, models, run, answered):
     assert Run(run).items.height == 16
 
 
-def test_numbers_do_not_depend_on_batch_size_or_limit(small, models, tmp_path):
+def test_numbers_do_not_depend_on_rows_or_limit(small, models, tmp_path):
     tasks = ["hellaswag", "truthfulqa_mc2"]
-    evaluate(models / "base", config(small, limit=3, batch_size=1, tasks=tasks), tmp_path / "a")
-    evaluate(models / "base", config(small, batch_size=7, tasks=tasks), tmp_path / "b")
+    evaluate(models / "base", config(small, limit=3, token_budget=1, tasks=tasks), tmp_path / "a")
+    evaluate(models / "base", config(small, token_budget=4096, tasks=tasks), tmp_path / "b")
     few, all_ = (Run(tmp_path / name).items.sort("task", "item_id").drop("correct") for name in "ab")
     common = all_.join(few, on=["task", "item_id"], how="semi", maintain_order="left")
     assert few.height == 6
@@ -401,7 +401,7 @@ def test_other_weights_under_the_same_name_are_refused(small, models, run):
     evaluate({"mine": models / "one"}, config(small, limit=2, tasks=["mmlu"]), run)
     before = Run(run).items
     with pytest.raises(
-        SdpoError, match=r"items/mine-0-0-mmlu.parquet was made with model_key = '\w+', now it is .*--force"
+        SdpoError, match=r"items/mine-0-0-mmlu.parquet holds answers of model_key \w+, now it is .*--force"
     ):
         evaluate({"mine": models / "two"}, config(small, limit=2, tasks=["mmlu"]), run)
     assert_frame_equal(Run(run).items, before)
@@ -414,7 +414,7 @@ def test_another_protocol_under_the_same_name_is_refused(small, models, run, tmp
     changed = tmp_path / "changed"
     shutil.copytree(small, changed)
     write(changed / "hellaswag_val.jsonl.gz", hellaswag_rows(7)[1:])
-    with pytest.raises(SdpoError, match="was made with protocol = 'h4-lmeval@"):
+    with pytest.raises(SdpoError, match="holds answers of protocol h4-lmeval@"):
         evaluate(models / "one", config(changed, limit=2, tasks=["hellaswag"]), run)
 
 

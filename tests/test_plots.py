@@ -121,9 +121,8 @@ def test_margin_curves_of_many_pairs_stay_small_and_reach_1(scores):
 
 def test_length_confound_by_hand_and_sampled(scores):
     # chosen minus rejected tokens: a 2, b 1, c -1, d 7, e -3
-    partition = scores.select(
-        "pair_id", "source", difficulty=-pl.col("chosen_logp"), step=pl.lit(1), definition=pl.lit("mine")
-    )
+    mine = {"step": pl.lit(1), "definition": pl.lit("mine")}
+    partition = scores.select("pair_id", "source", difficulty=-pl.col("chosen_logp"), **mine)
     chart = plots.plot_length_confound(scores, partition)
     assert {row["pair_id"]: row["tokens"] for row in rows_of(chart)} == {"a": 2, "b": 1, "c": -1, "d": 7, "e": -3}
     assert "mine" in chart.to_dict()["encoding"]["y"]["title"]

@@ -49,22 +49,36 @@ def scored(model, sequences, budget):
 
 
 def test_a_row_by_hand():
-    """Prompt 5 6, answers 7 8 and 9: written out depth first, 9 sits at depth 2 and sees 5 6 9."""
-    [row] = plan_rows([([5, 6, 7, 8], 2), ([5, 6, 9], 2)], [0, 1], 100)
+    """Prompt 5 6, answers 7 8 1 and 9 2: depth first, without 1 and 2; 9 sits at depth 2 and sees 5 6 9."""
+    [row] = plan_rows([([5, 6, 7, 8, 1], 2), ([5, 6, 9, 2], 2)], [0, 1], 100)
     assert row.tokens.tolist() == [5, 6, 7, 8, 9]
     assert row.depth.tolist() == [0, 1, 2, 3, 2]
-    assert row.parent.tolist() == [0, 0, 1, 2, 1]
     assert row.end.tolist() == [5, 5, 4, 4, 5]
     seen = [[j for j in range(i + 1) if i < row.end[j]] for i in range(5)]
     assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4]]
-    assert {place: nodes.tolist() for place, nodes in row.completions.items()} == {0: [2, 3], 1: [4]}
+    assert {place: nodes.tolist() for place, nodes in row.predictors.items()} == {0: [1, 2, 3], 1: [1, 4]}
+    assert {place: ids.tolist() for place, ids in row.targets.items()} == {0: [7, 8, 1], 1: [9, 2]}
 
 
 def test_a_tree_of_three_levels_counts_each_token_once():
-    """1 2 is shared by four, 3 by two of them: 1 2 | 3 | 4, 5 | 6 | 7 = 7 nodes of 3 + 4 + 4 + 3 = 14 tokens."""
-    sequences = [([1, 2, 6], 2), ([1, 2, 3, 4], 2), ([1, 2, 3, 5], 3), ([1, 2, 7], 1)]
+    """1 2 is shared by four, 3 by two of them; the last tokens (0) are in no row: 1 2 6, 3 4, 5, 7 = 7 nodes."""
+    sequences = [([1, 2, 6, 0], 2), ([1, 2, 3, 4, 0], 2), ([1, 2, 3, 5, 0], 3), ([1, 2, 7, 0], 1)]
     assert count_tokens(sequences) == 7
     assert sum(len(row.tokens) for row in plan_rows(sequences, range(4), 5)) > 7  # two rows pay for 1 2 twice
+
+
+def test_choices_of_one_token_cost_nothing_but_their_question():
+    """MMLU's A, B, C, D after one context: four requests, and the context's three tokens are all that is read."""
+    assert count_tokens([([7, 8, 9, choice], 3) for choice in (1, 2, 3, 4)]) == 3
+
+
+def test_long_rows_are_only_for_those_who_share():
+    """Two strangers of 400 tokens get a row each; two answers after 400 shared tokens get one."""
+    strangers = [([1] * 401, 200), ([2] * 401, 200)]
+    assert [len(row.tokens) for row in plan_rows(strangers, range(2), 4096)] == [400, 400]
+    siblings = [([1] * 400 + [2] * 101, 400), ([1] * 400 + [3] * 101, 400)]
+    assert [len(row.tokens) for row in plan_rows(siblings, range(2), 4096)] == [600]
+    assert [len(row.tokens) for row in plan_rows(siblings, range(2), 550)] == [500, 500]
 
 
 token = st.integers(0, 3)  # few tokens, so that much is shared
@@ -75,17 +89,17 @@ trees = st.lists(st.lists(token, min_size=2, max_size=12).flatmap(
 @given(trees, st.integers(1, 40), st.randoms(use_true_random=False))
 def test_in_any_plan_every_completion_reads_its_own_ancestors(sequences, budget, random):
     rows = plan_rows(sequences, range(len(sequences)), budget)
-    assert sorted(place for row in rows for place in row.completions) == list(range(len(sequences)))
+    assert sorted(place for row in rows for place in row.predictors) == list(range(len(sequences)))
     for row in rows:
-        assert len(row.tokens) <= budget or len(row.completions) == 1
-        for place, nodes in row.completions.items():
+        assert len(row.tokens) <= budget or len(row.predictors) == 1
+        for place, nodes in row.predictors.items():
             ids, start = sequences[place]
             last = nodes[-1]
             ancestors = [j for j in range(last + 1) if last < row.end[j]]
-            assert row.tokens[ancestors].tolist() == ids
-            assert row.depth[ancestors].tolist() == list(range(len(ids)))
-            assert row.tokens[nodes].tolist() == ids[start:]
-            assert row.tokens[row.parent[nodes]].tolist() == ids[start - 1 : -1]
+            assert row.tokens[ancestors].tolist() == ids[:-1]
+            assert row.depth[ancestors].tolist() == list(range(len(ids) - 1))
+            assert nodes.tolist() == ancestors[start - 1 :]
+            assert row.targets[place].tolist() == ids[start:]
     shuffled = random.sample(sequences, len(sequences))
     again = plan_rows(shuffled, range(len(sequences)), budget)
     assert [row.tokens.tolist() for row in again] == [row.tokens.tolist() for row in rows]

@@ -26,7 +26,7 @@ FIGURES = {"h4", "tasks", "reference_margins", "loss", "reward_margins", "margin
 HOSTILE = (
     "</script><script>document.documentElement.dataset.hacked = 1</script>"
     '<img src=x onerror="document.documentElement.dataset.hacked = 1"> {{ 7*7 }} {% raw %} | a ``` b _c_ **d**'
-    " [e](http://x.example) \u202egnol\u2066 \x00\x07\x1b[31m \u2028 &lt; <!-- \U000e0041"
+    " [e](http://x.example)\n```\n<b>out</b>\n\u202egnol\u2066 \x00\x07\x1b[31m \u2028 &lt; <!-- \U000e0041"
 )
 MEGABYTES = "long " * 400_000
 
@@ -70,7 +70,7 @@ def hostile_run(tmp_path_factory) -> Path:
     write(path / "pairs.parquet", pairs, PAIRS)
     for name in ("scores", "partition"):
         table = pl.read_parquet(path / f"{name}.parquet")
-        table.with_columns(source=attack.then(pl.lit(HOSTILE)).otherwise("source")).write_parquet(
+        table.with_columns(source=attack.then(pl.lit(HOSTILE + MEGABYTES)).otherwise("source")).write_parquet(
             path / f"{name}.parquet"
         )
     dropped = pl.read_parquet(path / "dropped.parquet")
@@ -79,7 +79,7 @@ def hostile_run(tmp_path_factory) -> Path:
     lineage["pairs"] |= {"host": HOSTILE, "recipe": {"limit": 36, "source": [HOSTILE]}}
     (path / "lineage.json").write_text(json.dumps(lineage))
     quoted = re.sub(r"[^ -~]", "", HOSTILE).replace("'", "''")
-    (path / "config.yaml").write_text(f"model: '{quoted}'\n")
+    (path / "config.yaml").write_text(f"model: '{quoted}'  # \u202egnol\n")
     return path
 
 
@@ -392,7 +392,7 @@ def test_a_hostile_pair_adds_no_element_to_the_page(page, hostile_page):
     assert "⟨U+202E⟩" in hostile_page
     assert "⟨U+0000⟩" in hostile_page
     assert not re.search("[\x00-\x08\u202a-\u202e\u2028\u2066-\u2069\U000e0000-\U000e007f]", hostile_page)
-    assert len(hostile_page) < 5e6
+    assert len(hostile_page) < 1.5e6  # Vega alone is 0.9e6
 
 
 def test_a_hostile_pair_adds_nothing_to_markdown_or_json(hostile_run):
@@ -402,14 +402,11 @@ def test_a_hostile_pair_adds_nothing_to_markdown_or_json(hostile_run):
     parser = Elements()
     parser.feed(rendered)
     assert not {"script", "img", "a", "em", "b"} & {tag for tag, _ in parser.tags}
-    heads = [row.count("<th") for row in re.findall(r"<tr>(.*?)</tr>", rendered, re.DOTALL)]
-    assert heads.count(0) > 10
-    tables = re.findall(r"<table>(.*?)</table>", rendered, re.DOTALL)
-    for table in tables:  # a pipe in the data would shift its row
-        assert len(re.findall("</td>", table)) == len(re.findall("</th>", table)) * (
-            len(re.findall("</tr>", table)) - 1
-        )
-    assert len(tables) == sum(1 for section in report.sections for block in section.blocks if block.kind == "table")
+    cells = [html.unescape(cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", rendered)]
+    assert any("{% raw %} | a ``` b _c_" in cell for cell in cells)  # whole: no pipe or star of it counted
+    tables = [block for section in report.sections for block in section.blocks if block.kind == "table"]
+    assert rendered.count("<table>") == len(tables)
+    assert len(cells) == sum(len(table.rows) * len(table.columns) for table in tables)
     for text in (markdown, report.json()):
         assert not re.search("[\x00-\x08\u202a-\u202e\u2028\u2066-\u2069\U000e0000-\U000e007f]", text)
         assert len(text) < 5e5

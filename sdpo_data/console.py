@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ def command(main: Callable[[], None]) -> None:
 
     A user's mistake is one sentence on stderr without a traceback; a bug keeps its traceback.
     """
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the libraries' bars: ours say what they would
     terminal = stderr.is_terminal
     handler = RichHandler(console=stderr, show_path=False, show_level=False) if terminal else logging.StreamHandler()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler], force=True)

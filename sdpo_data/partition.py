@@ -16,7 +16,7 @@ import pydantic
 
 from sdpo_data.config import Command, Settings, read_command
 from sdpo_data.console import command, print_table, say
-from sdpo_data.difficulty import describe_scores, difficulty_named, length_correlation
+from sdpo_data.difficulty import Difficulty, describe_scores, difficulty_named, length_correlation
 from sdpo_data.pairs import PairsConfig, make_pairs
 from sdpo_data.score import ScoreConfig, make_scores
 from sdpo_data.tables import LOGP_MARGIN, PARTITION, REWARD_ACCURACY, SCORES, SdpoError, check
@@ -59,17 +59,12 @@ def partition_pairs(scores: pl.DataFrame, config: PartitionConfig | None = None)
     """
     config = config or PartitionConfig()
     scores = check(scores, SCORES, "scores")
-    difficulty = difficulty_named(config.difficulty)
+    difficulty = _difficulty(config)
     bad = scores.filter(~(LOGP_MARGIN.is_finite() & difficulty.expression.is_finite()))
     if bad.height:
         raise SdpoError(
             f"{bad.height} of {scores.height} pairs have a non-finite log-probability or an answer of 0 tokens, e.g. "
             f"pair_id {bad['pair_id'][0]!r}. Score again in float32, or drop them."
-        )
-    if config.by == "pair" and not difficulty.single_pairs:
-        raise SdpoError(
-            f"partition.difficulty {config.difficulty!r} is a share over many pairs and cannot rank single ones. "
-            "Set partition.by to 'source', or partition.difficulty to 'margin_per_token'."
         )
     unit = {"pair": "pair_id", "source": "source"}[config.by]
     units = scores.sort("pair_id").group_by(unit).agg(difficulty=difficulty.expression.mean()).sort("difficulty", unit)
@@ -117,6 +112,9 @@ def main() -> None:
     """Make RUN/partition.parquet and what it needs, and show its parts."""
     sections: dict[str, type[Settings]] = {"partition": PartitionConfig, "pairs": PairsConfig, "score": ScoreConfig}
     call = read_command("python -m sdpo_data.partition", __doc__, "partition", sections)
+    config = call.settings["partition"]
+    assert isinstance(config, PartitionConfig)
+    _difficulty(config)  # refuse a misspelt one before the hour of scoring, not after it
     made = call.run.lineage.get("partition")
     scores = make_scores(call, make_pairs(call))
     partition = make_partition(call, scores)
@@ -129,6 +127,16 @@ def main() -> None:
     definition = partition["definition"][0]
     rho, n = length_correlation(scores, definition)
     say(f"{definition} against the token difference chosen - rejected: rank correlation {rho:+.2f} (n = {n:,})")
+
+
+def _difficulty(config: PartitionConfig) -> Difficulty:
+    difficulty = difficulty_named(config.difficulty)
+    if config.by == "pair" and not difficulty.single_pairs:
+        raise SdpoError(
+            f"partition.difficulty {config.difficulty!r} is a share over many pairs and cannot rank single ones. "
+            "Set partition.by to 'source', or partition.difficulty to 'margin_per_token'."
+        )
+    return difficulty
 
 
 def _ranked(placed: pl.DataFrame, config: PartitionConfig) -> pl.DataFrame:

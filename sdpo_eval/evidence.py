@@ -22,8 +22,9 @@ from sdpo_data.tables import (
     RESULTS,
     SCORES,
     STEPS,
+    SdpoError,
     check,
-)  # fmt: skip
+)
 from sdpo_eval.h4 import summarise_items
 
 UNIT = ["arm", "seed", "step"]
@@ -64,11 +65,11 @@ def read_evidence(run: Run) -> Evidence:
         there = (run.path / f"{name}.parquet").exists()
         return check(run.read(name), schema, f"{name}.parquet") if there else schema.to_frame()
 
-    config = (run.path / "config.yaml").read_text() if (run.path / "config.yaml").exists() else ""
+    config = (run.path / "config.yaml").read_text("utf-8") if (run.path / "config.yaml").exists() else ""
     return Evidence(
         path=run.path,
         config=config,
-        settings=ruamel.yaml.YAML(typ="safe").load(config) or {},
+        settings=_settings(run.path / "config.yaml", config),
         lineage=run.lineage,
         pairs=table("pairs", PAIRS),
         held_out=table("held_out", PAIRS),
@@ -83,12 +84,22 @@ def read_evidence(run: Run) -> Evidence:
     )
 
 
+def _settings(path: Path, text: str) -> dict[str, Any]:
+    try:
+        settings = ruamel.yaml.YAML(typ="safe").load(text) or {}
+    except ruamel.yaml.error.YAMLError as error:
+        raise SdpoError(f"{path} is not YAML: {' '.join(str(error).split())}. Mend it.") from None
+    if not isinstance(settings, dict):
+        raise SdpoError(f"{path} holds {type(settings).__name__}, expected sections such as 'partition:'. Mend it.")
+    return settings
+
+
 def _references(run: Run) -> pl.DataFrame:
     frames = [pl.DataFrame(schema={**{name: STEPS[name] for name in UNIT}, **SCORES})]
     for arm, seed, step in run.steps.select(UNIT).rows():
         path = run.path / f"arms/{arm}/seed_{seed}/step_{step}/reference_scores.parquet"
         if path.exists():
-            scores = check(pl.read_parquet(path), SCORES, str(path))
+            scores = check(run.read(str(path.relative_to(run.path).with_suffix(""))), SCORES, str(path))
             unit = {"arm": pl.lit(arm), "seed": pl.lit(seed, pl.Int64), "step": pl.lit(step, pl.Int64)}
             frames.append(scores.with_columns(**unit).select(*UNIT, *SCORES))
     return pl.concat(frames)
@@ -112,7 +123,7 @@ def paired_differences(items: pl.DataFrame, results: pl.DataFrame, first: Model,
         RESULTS frame, value and stderr of the difference in points; a row per shared task, and H4
         where all four are shared. It compares these two checkpoints, not the methods behind them.
 
-    Source: item-paired standard errors, arXiv 2411.00640, section 4.
+    Source: item-paired standard errors, arXiv 2411.00640.
     """
     question = ["protocol", "task", "item_id"]
     items = items.join(results, on=["protocol", "task"], how="semi")
@@ -151,8 +162,8 @@ def summarise_margins(scores: pl.DataFrame, pairs: pl.DataFrame, by: Sequence[st
         The columns `by`, then mean, stderr (nats), accuracy, accuracy_stderr, per_token,
         per_token_stderr (percent of pairs whose summed or per-token margin is positive), n.
 
-    Source: cluster-robust standard error of a mean, arXiv 2411.00640, section 2.2, times
-        sqrt(G / (G - 1)) for G prompts, which it leaves out.
+    Source: clustered standard error of a mean, arXiv 2411.00640. Deviation: times
+        sqrt(G / (G - 1)) for G prompts, without which few prompts look surer than they are.
     """
     values = scores.join(pairs.select("pair_id", "prompt_id"), on="pair_id", how="left", maintain_order="left").select(
         *by,

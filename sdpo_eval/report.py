@@ -14,7 +14,7 @@ import tyro
 
 from sdpo_data.console import command, print_table, say
 from sdpo_data.run import Run, open_run, sha256, write_atomically
-from sdpo_eval.blocks import Table
+from sdpo_eval.blocks import Missing, Prose, Table
 from sdpo_eval.evidence import read_evidence
 from sdpo_eval.render import plain, render_html, render_markdown, shown
 from sdpo_eval.sections import describe_run, write_sections
@@ -92,6 +92,13 @@ class Report:
             write_atomically(self.run.path / name, lambda temporary, text=text: temporary.write_text(text, "utf-8"))
         return self.run.path / "report.html"
 
+    @property
+    def warnings(self) -> list[str]:
+        """What a reader of any number must not miss: limits, and what is missing."""
+        blocks = [block for section in self.sections for block in section.blocks]
+        missing = [f"{block.text} {block.command}" for block in blocks if isinstance(block, Missing)]
+        return [block.text for block in blocks if isinstance(block, Prose) and block.loud] + missing
+
     def table(self, name: str) -> pl.DataFrame | None:
         """Give one of the report's tables as text, e.g. "scores"; None where the run has not got that far."""
         for section in self.sections:
@@ -130,6 +137,8 @@ def main(argv: list[str] | None = None) -> None:
     page = report.save()
     if (scores := report.table("scores")) is not None:
         print_table(scores, "points of 100 ± standard error, n questions")
+    for warning in report.warnings:
+        say(warning)
     say(str(page))
 
 

@@ -112,9 +112,9 @@ def _hand_off(chain: pl.DataFrame) -> str:
     gaps = [row["max_start_gap"] for row in rows if row["max_start_gap"] is not None]
     if gaps:
         text += (
-            ". Before its first update no answer checked differed in log-probability from its reference by more than "
+            f". Before the first updates, answers checked differed from their reference by {write_number(max(gaps))} "
         )
-        text += f"{write_number(max(gaps))} nats"
+        text += "nats of log-probability at most"
     return f"{rows[0]['arm']}, seed {rows[0]['seed']}: {text}."
 
 
@@ -229,7 +229,7 @@ def _reproduce(evidence: Evidence) -> Iterator[Block]:
             {"what": "versions", "value": ", ".join(sorted(versions))},
         ]
         yield Table("made_with", "Made with", rows)
-    keys = [{"model": "base", "key": key} for key in evidence.scores["model_key"].unique()]
+    keys = [{"model": "base", "key": key} for key in evidence.scores["model_key"].unique().sort()]
     keys += [{"model": row["model"], "key": row["model_key"]} for row in evidence.steps.iter_rows(named=True)]
     if keys:
         yield Table("model_keys", "Weights, by the hash of what they hold", keys)

@@ -21,7 +21,7 @@ from sdpo_data.tables import (
     STEPS,
     TEXT,
     check,
-)  # fmt: skip
+)
 from sdpo_eval.h4 import TASKS, summarise_items
 
 WORDS = [

@@ -65,11 +65,9 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def assert_one_sentence(err: str) -> None:
-    *said, last = err.rstrip("\n").split("\n")
-    assert last.startswith("error: ")
-    assert last.endswith(".")
+    assert err.rstrip("\n").split("\n")[-1].startswith("error: ")
+    assert err.count("error: ") == 1  # what came before are log lines
     assert "Traceback" not in err
-    assert not any(line.startswith("error") for line in said)  # what came before are log lines
 
 
 # --- settings
@@ -177,7 +175,7 @@ def test_pairs_that_are_all_too_long(refused, run):
     for made in ("scores", "partition"):
         (run / f"{made}.parquet").unlink()
     err = refused(SCORE, run, "--max-length", 2)
-    assert "None of 8 pairs can be scored: over 2 tokens (chosen and rejected). Raise score.max_length?" in err + "."
+    assert "None of 8 pairs can be scored: over 2 tokens (chosen and rejected). Raise score.max_length?" in err
 
 
 def test_a_table_with_a_column_missing(refused, run):
@@ -284,7 +282,7 @@ def test_a_model_folder_without_weights(refused, run, tiny_model, module):
     model = run.parent / "model"
     shutil.copytree(tiny_model, model)
     (model / "model.safetensors").unlink()
-    assert f"{model} is a model folder without weights" in refused(module, run, "--model", model, "--force")
+    assert f"{model} is a model folder without weights" in refused(module, run, "--model", model)
 
 
 def test_a_model_that_is_nowhere(refused, run):
@@ -311,10 +309,8 @@ def test_a_model_that_lacks_weights(refused, run, tiny_model):
 
 def test_a_second_process_on_the_same_unit(refused, run):
     (run / "partition.parquet").unlink()
-    code = "import sys; from sdpo_data.run import Run\nwith Run(sys.argv[1]).lease('partition'): print(1, flush=True); input()"
-    first = subprocess.Popen(
-        [sys.executable, "-c", code, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
+    work = f"from sdpo_data.run import *\nwith Run({str(run)!r}).lease('partition'): print(1, flush=True); input()"
+    first = subprocess.Popen([sys.executable, "-c", work], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "1\n"
     err = refused(PARTITION, run)
     first.communicate("\n")
@@ -336,7 +332,6 @@ def test_a_second_process_on_the_same_unit(refused, run):
             ["run", "--pairs.source", "empty.jsonl"],
             "error: pairs.source empty.jsonl gave no usable pair (it is empty).\n",
         ),
-        (["--config", "typo.yaml", "run"], "error: --config typo.yaml is neither a file nor the name of a recipe."),
     ],
 )
 def test_a_real_process_exits_with_2_and_one_line(tmp_path, flags, message):

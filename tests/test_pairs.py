@@ -540,7 +540,7 @@ def table_rows(draw) -> dict:
     return row
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.lists(table_rows() | JSON, max_size=8),
     st.lists(st.binary(max_size=20), max_size=2),

@@ -129,7 +129,7 @@ DIFFICULTY = {"pair": ["margin_per_token", "logp_margin"], "source": ["reward_ac
 
 
 @pytest.mark.parametrize("by", ["pair", "source"])
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data(), scores=scored_pairs(), within=st.sampled_from(["shuffle", "difficulty"]))
 def test_a_partition_is_a_partition(by, data, scores, within):
     unit = "pair_id" if by == "pair" else "source"

@@ -247,6 +247,21 @@ def test_a_table_that_is_not_parquet(own_run):
         Report(own_run)
 
 
+def test_settings_that_are_not_yaml(own_run):
+    (own_run / "config.yaml").write_text("partition: [2\n")
+    with pytest.raises(SdpoError, match=r"config\.yaml is not YAML"):
+        Report(own_run)
+    (own_run / "config.yaml").write_text("- 2\n")
+    with pytest.raises(SdpoError, match=r"config\.yaml holds list, expected sections"):
+        Report(own_run)
+
+
+def test_reference_scores_that_are_not_parquet(own_run):
+    (own_run / "arms/sdpo/seed_0/step_2/reference_scores.parquet").write_bytes(b"half a fi")
+    with pytest.raises(SdpoError, match=r"step_2/reference_scores\.parquet cannot be read as Parquet"):
+        Report(own_run)
+
+
 def test_a_table_that_lacks_a_column(own_run):
     pl.read_parquet(own_run / "results.parquet").drop("stderr").write_parquet(own_run / "results.parquet")
     with pytest.raises(SdpoError, match=r"results\.parquet is missing column 'stderr'"):
@@ -276,6 +291,7 @@ def test_the_command_prints_the_scores(own_run, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     printed = run_main(capsys, own_run)
     assert "TruthfulQA" in printed
+    assert "Wiring run: it shows that the chain works; its H4 decides nothing." in printed
     value, stderr, n = (
         pl.read_parquet(own_run / "results.parquet").filter(task="h4").select("value", "stderr", "n").row(0)
     )

@@ -57,19 +57,12 @@ def encode_pairs(
     pairs = check(pairs, PAIRS, "pairs")
     if not tokenizer.chat_template and MESSAGES in pairs["format"]:
         log.info("the tokenizer has no chat template: messages are written out as 'User: ...' and 'Assistant: ...'")
-    prompts: list[str] = []
-    chosen: list[str] = []
-    rejected: list[str] = []
-    for row in pairs.iter_rows(named=True):
-        prompt, answers = _render(row, tokenizer)
-        prompts.append(prompt)
-        chosen.append(answers[0])
-        rejected.append(answers[1])
+    texts = [_render(row, tokenizer) for row in pairs.iter_rows(named=True)]
     special = [form != MESSAGES or not tokenizer.chat_template for form in pairs["format"]]
-    ids = [_tokenize(texts, special, tokenizer) for texts in (prompts, chosen, rejected)]
+    ids = [_tokenize(side, special, tokenizer) for side in zip(*texts, strict=True)] if texts else [[], [], []]
     rows = [
-        (pair_id, *_split(*sides, max_length, truncation))
-        for pair_id, *sides in zip(pairs["pair_id"], *ids, strict=True)
+        (pair_id, *_split(prompt, with_chosen, with_rejected, max_length, truncation))
+        for pair_id, prompt, with_chosen, with_rejected in zip(pairs["pair_id"], *ids, strict=True)
     ]
     encoded = pl.DataFrame(rows, ENCODED, orient="row")
     if (cut := encoded["truncated"].sum()) and truncation == "cut":
@@ -77,22 +70,22 @@ def encode_pairs(
     return encoded
 
 
-def _render(row: dict, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, tuple[str, str]]:
+def _render(row: dict, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str, str]:
     """Write out the prompt, and the prompt with each answer, as the model will read them."""
+    eos = str(tokenizer.eos_token or "")
     if row["format"] != MESSAGES:
-        eos = tokenizer.eos_token or ""
-        answers = (row[side] if row[side].endswith(eos) else row[side] + eos for side in ("chosen", "rejected"))
-        return row["prompt"], tuple(row["prompt"] + answer for answer in answers)  # type: ignore[return-value]
+        chosen, rejected = (row[side].removesuffix(eos) + eos for side in ("chosen", "rejected"))
+        return row["prompt"], row["prompt"] + chosen, row["prompt"] + rejected
     system = [{"role": "system", "content": row["system"]}] if row["system"] is not None else []
     prompt = system + json.loads(row["prompt"])
-    full = [prompt + json.loads(row[side]) for side in ("chosen", "rejected")]
+    with_chosen, with_rejected = (prompt + json.loads(row[side]) for side in ("chosen", "rejected"))
     if not tokenizer.chat_template:
-        eos = tokenizer.eos_token or ""
-        return _plainly(prompt) + "\n\nAssistant:", (_plainly(full[0]) + eos, _plainly(full[1]) + eos)
+        return _plainly(prompt) + "\n\nAssistant:", _plainly(with_chosen) + eos, _plainly(with_rejected) + eos
     try:
         return (
             str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)),
-            tuple(str(tokenizer.apply_chat_template(messages, tokenize=False)) for messages in full),  # type: ignore[return-value]
+            str(tokenizer.apply_chat_template(with_chosen, tokenize=False)),
+            str(tokenizer.apply_chat_template(with_rejected, tokenize=False)),
         )
     except Exception as error:  # the template is a program of the model's author: it may raise anything
         raise SdpoError(
@@ -105,7 +98,7 @@ def _plainly(messages: Sequence[dict]) -> str:
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
 
 
-def _tokenize(texts: list[str], special: list[bool], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
+def _tokenize(texts: Sequence[str], special: list[bool], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
     """Tokenize in two batches: a rendered chat template brings its own special tokens."""
     ids: list[list[int]] = [[] for _ in texts]
     for add in (True, False):

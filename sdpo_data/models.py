@@ -73,7 +73,10 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase":
     import transformers
 
     folder = model_folder(str(name))
-    return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    if tokenizer is None:
+        raise SdpoError(f"Model {name} has no tokenizer in {folder}. Save one beside its weights.")
+    return tokenizer
 
 
 def save_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:

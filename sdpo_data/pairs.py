@@ -156,7 +156,7 @@ def count_sources(pairs: pl.DataFrame, run: Run) -> pl.DataFrame:
     )
 
 
-def _rows(source: str) -> list[dict[str, Any] | str]:
+def _rows(source: str) -> Sequence[dict[str, Any] | str]:
     """Read the raw rows; a line that is not JSON stays a string."""
     path = pair_file(source) if is_embedded(source) else Path(source)
     if path.is_dir():
@@ -172,7 +172,7 @@ def _rows(source: str) -> list[dict[str, Any] | str]:
     return list(hub_dataset(repo, None, split or "train"))  # type: ignore[arg-type]
 
 
-def _file_rows(path: Path) -> list[dict[str, Any] | str]:
+def _file_rows(path: Path) -> Sequence[dict[str, Any] | str]:
     if not path.name.endswith(SUFFIXES):
         raise SdpoError(f"pairs.source {path} has an unknown suffix. It must be one of {', '.join(SUFFIXES)}.")
     try:
@@ -218,13 +218,14 @@ def _arrow_folder(path: Path) -> list[dict[str, Any]]:
     except (FileNotFoundError, OSError, ValueError) as error:
         raise SdpoError(f"pairs.source {path} is not a folder saved by `datasets` ({error}).") from None
     if isinstance(content, datasets.DatasetDict):
-        raise SdpoError(
-            f"pairs.source {path} holds the splits {', '.join(content)}. Name one: {path}/{next(iter(content))}"
-        )
+        splits = ", ".join(map(str, content))
+        raise SdpoError(f"pairs.source {path} holds the splits {splits}. Name one: {path}/{next(iter(content))}")
     return content.to_list()
 
 
-def _normalise(rows: list[dict[str, Any] | str], source: str, prompt_format: str) -> tuple[pl.DataFrame, pl.DataFrame]:
+def _normalise(
+    rows: Sequence[dict[str, Any] | str], source: str, prompt_format: str
+) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Turn raw rows into pairs (with `origin`, `row` and `content` beside PAIRS) and dropped rows."""
     kept, dropped = [], []
     for number, row in enumerate(rows):
@@ -325,7 +326,7 @@ def _own(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _explicit(row: dict[str, Any]) -> dict[str, Any]:
-    fields = {name: row.get(name) for name in ("prompt", "chosen", "rejected", "system")}
+    fields: dict[str, Any] = {name: row.get(name) for name in ("prompt", "chosen", "rejected", "system")}
     for name in ("prompt", "chosen", "rejected"):
         if fields[name] is None:
             raise _UnusableError(f"no {name}")

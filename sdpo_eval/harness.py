@@ -290,13 +290,13 @@ def prefix_lm(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", to
                 ids = (context + answer)[-(self.max_length + 1) :]  # as HFLM cuts
                 sequences.append((ids, len(ids) - len(answer)))
             answers: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
-            for places, completions in score_completions(self.model, sequences, token_budget):
+            for places, completions in score_completions(model, sequences, token_budget):
                 for place, completion in zip(places, completions, strict=True):
                     answers[place] = (float(completion.logps.sum(dtype="float64")), completion.greedy)
                     self.cache_hook.add_partial("loglikelihood", requests[place][0], answers[place])
             return answers
 
-    return PrefixLM(pretrained=model, tokenizer=tokenizer)
+    return PrefixLM(pretrained=model, tokenizer=cast(Any, tokenizer))
 
 
 def _scored(task: h4.Task, item: Item, answers: list[tuple[float, bool]]) -> dict[str, Any]:

@@ -72,7 +72,9 @@ def train_step(work: StepWork, config: TrainConfig) -> dict[str, Any]:
         trainer = _trainer(work, config, encoded, reference, model, tokenizer, scratch, _Progress(advance))
         gap = _start_gap(trainer, work)
         trainer.train()
-        trained = trainer.model.merge_and_unload() if config.lora_rank else trainer.model
+        trained: Any = trainer.model
+        if config.lora_rank:
+            trained = trained.merge_and_unload()
     metrics = _metrics(work, trainer.state.log_history)
     losses = metrics.filter(pl.col("name") == "loss").sort("update")["value"]
     _check_losses(work, config, losses)
@@ -107,10 +109,10 @@ def train_step(work: StepWork, config: TrainConfig) -> dict[str, Any]:
 class _PairTrainer(DPOTrainer):
     """TRL's trainer on pairs that are tokens already and carry their reference log-probabilities."""
 
-    def _prepare_dataset(self, dataset: datasets.Dataset, *_: Any) -> datasets.Dataset:
+    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         return dataset
 
-    def _precompute_ref_logps(self, dataset: datasets.Dataset, *_: Any) -> datasets.Dataset:
+    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         return dataset
 
     def start_gap(self, pairs: int) -> float:

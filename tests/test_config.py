@@ -115,7 +115,7 @@ def test_a_mistake_is_said_with_the_file_it_stands_in(read, tmp_path):
         ("train: {minutes: true}", r"train\.minutes is True: Input should be a valid integer\.$"),
         ("train: {minutes: 0}", r"train\.minutes is 0: Input should be greater than or equal to 1\.$"),
         ("train: {heat: .nan}", r"train\.heat is nan: "),
-        ("train: {heat: .inf}", r"train\.heat is inf: "),
+        ("score: {rate: .inf}", r"score\.rate is inf: Input should be a finite number\.$"),
         ("train: {salt: sea}", r"train\.salt is 'sea': Input should be a valid list\.$"),
         ("train: {salt: [sea, 3]}", r"train\.salt\.1 is 3: Input should be a valid string\.$"),
         ("train: {heat: 0.05}", r"config\.yaml: train: heat 0\.05 needs 30 minutes, not 12\.$"),

@@ -289,8 +289,10 @@ def _as_messages(fields: dict[str, Any], prompt_format: str) -> dict[str, Any]:
     if not all(texts) and isinstance(prompt, str):
         return _as_messages({**fields, "prompt": [{"role": "user", "content": prompt}]}, prompt_format)
     if not all(texts):
-        answers = {name: [{"role": "assistant", "content": fields[name]}] if isinstance(fields[name], str) else fields[name]
-                   for name in ("chosen", "rejected")}  # fmt: skip
+        answers = {
+            side: [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+            for side, answer in (("chosen", chosen), ("rejected", rejected))
+        }
         return _as_messages({**fields, **answers}, prompt_format)
     turns = prompt_format != "text" and _turns(prompt)
     if not turns and (prompt_format == "messages" or (prompt_format == "auto" and fields.get("system"))):

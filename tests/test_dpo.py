@@ -20,8 +20,9 @@ def work(pairs, tiny_model, tmp_path):
 
     def build(**changes):
         key = model_key(tiny_model)
-        fields = {"arm": "sdpo", "seed": 0, "step": 1, "pairs": pairs, "start": str(tiny_model), "start_key": key,
-                  "reference": str(tiny_model), "reference_key": key, "scores": None, "out": tmp_path / "step_1"}  # fmt: skip
+        fields = {"arm": "sdpo", "seed": 0, "step": 1, "pairs": pairs, "scores": None, "out": tmp_path / "step_1"}
+        fields |= dict.fromkeys(("start", "reference"), str(tiny_model))
+        fields |= dict.fromkeys(("start_key", "reference_key"), key)
         return StepWork(**fields | changes)
 
     return build

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 DTYPE = "float32"  # weights, forward pass and hand-off: updates of 1e-5 vanish in bfloat16
 START_GAP = 5e-3  # nats per answer: float32 noise between two batch shapes is below 1e-3
-START_PAIRS = 16  # pairs whose policy log-probabilities are compared before the first update
+START_PAIRS = 8  # pairs whose policy log-probabilities are compared before the first update
 
 
 def train_step(work: StepWork, config: TrainConfig) -> dict[str, Any]:

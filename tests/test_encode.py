@@ -74,10 +74,12 @@ def test_an_eos_that_is_there_is_not_doubled(tmp_path, words):
     assert got == ([1], [2, 0], [3, 0], False, None)
 
 
-def test_the_answers_begin_where_the_tokens_of_the_prompt_end_to_be_shared(tmp_path, words):
-    # "f a" + "b" is the one word ab: a is no token of either answer's sequence, and f alone is the prompt
+def test_the_answers_begin_where_either_of_them_changes_the_prompt_s_tokens(tmp_path, words):
+    # a and b join to the word ab: f alone is the prompt, and the other answer begins with a
     got = encode_words(tmp_path, words, text("f a", "b", " c"), 9, "drop")
     assert got == ([6], [9, 0], [1, 3, 0], False, None)
+    got = encode_words(tmp_path, words, text("f a", " c", "b"), 9, "drop")
+    assert got == ([6], [1, 3, 0], [9, 0], False, None)
 
 
 def test_a_prompt_that_leaves_no_token_of_its_own_is_a_problem(tmp_path, words):

@@ -247,6 +247,10 @@ def test_a_system_message_is_not_lost_where_text_is_asked_for(lose):
     assert reasons == ["a system message beside plain text"]
 
 
+def test_a_source_s_name_that_is_not_valid_unicode_can_be_kept(collect):
+    assert collect(PLAIN | {"source": "a\ud800"}).pairs["source"].to_list() == ["a?"]
+
+
 def test_a_dropped_row_keeps_its_place_its_source_and_its_content(collect):
     dropped = collect(PLAIN, {"prompt": "größe", "source": "mine"}).dropped
     assert dropped.drop("content").rows() == [("pairs", "mine", 1, None, "no chosen")]
@@ -439,6 +443,21 @@ def test_several_sources_are_read_in_their_order(tmp_path):
     pairs = read_pairs([tmp_path / f"{name}.jsonl" for name in "cab"])
     assert pairs["prompt"].to_list() == ["c", "cc", "a", "aa", "b", "bb"]
     assert pairs["source"].to_list() == ["c", "c", "a", "a", "b", "b"]
+
+
+@pytest.mark.parametrize(
+    "source, asked",
+    [
+        ("org/name", ("org/name", None, "train")),
+        ("org/name:test", ("org/name", None, "test")),
+        ("org/truthy-dpo-v0.1", ("org/truthy-dpo-v0.1", None, "train")),
+    ],
+)
+def test_a_hub_id_may_name_a_split_and_a_version(monkeypatch, source, asked):
+    calls = []
+    monkeypatch.setattr("sdpo_data.pairs.hub_dataset", lambda *given: calls.append(given) or [PLAIN])
+    assert read_pairs(source)["source"].to_list() == [source]
+    assert calls == [asked]
 
 
 BROKEN = {

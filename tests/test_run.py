@@ -305,8 +305,8 @@ def test_a_lease_without_a_sign_of_life_is_taken_over(run, holder, monkeypatch):
 def test_a_lease_of_another_host_holds_while_it_shows_signs_of_life(run):
     lease = run.path / ".leases/pairs.json"
     lease.parent.mkdir(parents=True)
-    lease.write_text(json.dumps({"host": "elsewhere", "pid": 1, "token": "t"}))
-    with pytest.raises(SdpoError, match="pairs is being worked on by process 1 on elsewhere"):
+    lease.write_text(json.dumps({"host": "elsewhere", "pid": 999_999_999, "token": "t"}))  # none of that number here
+    with pytest.raises(SdpoError, match="pairs is being worked on by process 999999999 on elsewhere"):
         make(run)
 
 
@@ -343,7 +343,9 @@ def test_work_that_another_has_just_finished_is_not_done_again(run, monkeypatch)
     assert_frame_equal(run.pairs, TWO)
 
 
-def test_of_many_at_once_exactly_one_does_the_work(run):
+def test_of_many_at_once_exactly_one_does_the_work(run, monkeypatch):
+    dumps = json.dumps  # slowed down, so that all look before any has written its lease
+    monkeypatch.setattr(json, "dumps", lambda *given, **named: time.sleep(0.02) or dumps(*given, **named))
     done, refused = [], []
     start = threading.Barrier(6)
 
@@ -352,7 +354,6 @@ def test_of_many_at_once_exactly_one_does_the_work(run):
         try:
             with Run(run.path).stage("pairs", {"seed": 0}) as stage:
                 if not stage.current:
-                    time.sleep(0.05)
                     stage.write("pairs", ONE)
                     done.append(1)
         except SdpoError as error:

@@ -56,7 +56,8 @@ def merge_config(run: Run, sections: dict[str, Any]) -> None:
     old.copy_attributes(new)
     for name, value in sections.items():
         if isinstance(value, dict) and isinstance(new.get(name), dict):
-            new[name].update(value)
+            section = new[name]  # what is equal stays as it is written: 0 for 0.0, a list in one line
+            section.update({key: one for key, one in value.items() if key not in section or section[key] != one})
         else:
             new[name] = value
     text = io.StringIO()

@@ -104,8 +104,9 @@ def run_command(monkeypatch, capsys):
 
     def run(module: str, *args: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", [module, *map(str, args)])
+        main = getattr(importlib.import_module(module), "main", None)  # none in a package: it has __main__
         try:
-            command(importlib.import_module(module).main)
+            command(main or importlib.import_module(f"{module}.__main__").main)
         except SystemExit as exit_:
             code = exit_.code
         else:

@@ -15,7 +15,7 @@ from sdpo_data.console import command
 from sdpo_data.tables import SdpoError
 
 PAIRS, SCORE, PARTITION = "sdpo_data.pairs", "sdpo_data.score", "sdpo_data.partition"
-TRAIN, EVAL, REPORT = "sdpo_train.__main__", "sdpo_eval.__main__", "sdpo_eval.report"
+TRAIN, EVAL, REPORT = "sdpo_train", "sdpo_eval", "sdpo_eval.report"
 
 
 @pytest.fixture(scope="module")

@@ -255,10 +255,11 @@ def test_what_was_saved_reads_back_the_same(read):
 
 
 def test_merging_the_same_again_leaves_the_file_alone(read, tmp_path):
-    read(None, "--minutes", "4").save()
-    before = (tmp_path / "run" / "config.yaml").stat().st_mtime_ns
-    merge_config(Run(tmp_path / "run"), {"train": {"minutes": 4}})
-    assert (tmp_path / "run" / "config.yaml").stat().st_mtime_ns == before
+    read("train: {minutes: 4, heat: 1, salt: [sea, rock]}  # mine\n")
+    before = (tmp_path / "run" / "config.yaml").stat()
+    merge_config(Run(tmp_path / "run"), {"train": {"minutes": 4, "heat": 1.0, "salt": ["sea", "rock"]}})
+    after = (tmp_path / "run" / "config.yaml").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
 def test_settings_are_frozen_and_know_their_keys():

@@ -37,7 +37,7 @@ def other_model(tiny_model, tmp_path):
     return str(tmp_path / "other")
 
 
-@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+@pytest.mark.parametrize("rank", [0, pytest.param(4, marks=pytest.mark.real)], ids=["full", "lora"])
 def test_a_step_moves_the_model_and_hands_on_float32_weights(work, tiny_model, rank):
     row = train_step(work(), FAST.model_copy(update={"lora_rank": rank}))
     model, _ = load_model(row["model"])  # plain transformers, no adapters left
@@ -49,6 +49,7 @@ def test_a_step_moves_the_model_and_hands_on_float32_weights(work, tiny_model, r
     assert row["max_start_gap"] < 1e-3
 
 
+@pytest.mark.real
 def test_a_step_leaves_its_reference_scores_and_metrics(work, pairs):
     row = train_step(work(), FAST)
     folder = work().out
@@ -63,6 +64,7 @@ def test_a_step_leaves_its_reference_scores_and_metrics(work, pairs):
     assert metrics.filter(pl.col("name") == "loss")["update"].to_list() == [1, 2]
 
 
+@pytest.mark.real
 def test_scores_of_the_reference_are_used_and_others_are_not(work, pairs, tiny_model, other_model):
     right = score_pairs(pairs, tiny_model)
     with_scores = train_step(work(scores=right), FAST)
@@ -71,16 +73,19 @@ def test_scores_of_the_reference_are_used_and_others_are_not(work, pairs, tiny_m
     assert with_scores["model_key"] == without["model_key"] == with_others["model_key"]
 
 
+@pytest.mark.real
 def test_order_is_kept(work, pairs):
     forward = train_step(work(), FAST)
     backward = train_step(work(pairs=pairs.reverse()), FAST)
     assert forward["model_key"] != backward["model_key"]
 
 
+@pytest.mark.real
 def test_the_same_work_gives_the_same_bits(work):
     assert train_step(work(), FAST)["model_key"] == train_step(work(), FAST)["model_key"]
 
 
+@pytest.mark.real
 def test_a_reference_that_is_not_the_start_is_allowed_where_the_arm_says_so(work, other_model):
     row = train_step(work(reference=other_model, reference_key=model_key(other_model)), FAST)
     assert row["max_start_gap"] is None
@@ -106,6 +111,7 @@ def test_scores_of_cut_answers_are_caught(work, pairs, tiny_model):
         train_step(work(scores=scores), FAST)
 
 
+@pytest.mark.real
 def test_a_loss_that_is_not_finite_stops_the_step(work):
     with pytest.raises(SdpoError, match=r"the loss is nan at update \d+. Lower train.learning_rate"):
         train_step(work(), FAST.model_copy(update={"learning_rate": 1e38, "epochs": 2}))

@@ -113,12 +113,16 @@ def collect_pairs(config: PairsConfig) -> Collected:
     return collected
 
 
-def make_pairs(call: Command) -> pl.DataFrame:
-    """Make RUN/pairs.parquet, held_out.parquet and dropped.parquet, unless they are up to date."""
+def make_pairs(call: Command, *, asked: bool = False) -> pl.DataFrame:
+    """Make RUN/pairs.parquet, held_out.parquet and dropped.parquet, unless they are up to date.
+
+    --force remakes them if they were `asked` for, and otherwise only if they differ.
+    """
     config = call.settings["pairs"]
     assert isinstance(config, PairsConfig)
     recipe = config.model_dump() | {"files": {source: _fingerprint(source) for source in config.source}}
-    with call.run.stage("pairs", recipe, force=call.force) as stage:
+    force = call.force and (asked or not call.run.is_current("pairs", recipe))
+    with call.run.stage("pairs", recipe, force=force) as stage:
         if stage.current:
             return call.run.pairs
         collected = collect_pairs(config)
@@ -137,7 +141,7 @@ def main() -> None:
     """Read preference pairs into RUN/pairs.parquet."""
     call = read_command("python -m sdpo_data.pairs", __doc__, "pairs", {"pairs": PairsConfig})
     made = call.run.lineage.get("pairs")
-    pairs = make_pairs(call)
+    pairs = make_pairs(call, asked=True)
     call.save()
     if call.run.lineage["pairs"] == made:
         say(f"up to date: {call.run.path / 'pairs.parquet'}")

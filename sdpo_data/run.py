@@ -132,8 +132,7 @@ class Run:
             SdpoError: it was finished by another recipe or from other inputs (and not `force`),
                 or another process is at work on it.
         """
-        recipe = json.loads(json.dumps(recipe, default=str))
-        sums = {table: sha256(self.path / f"{table}.parquet") for table in inputs}
+        recipe, sums = self._identity(recipe, inputs)
         if not force and self._is_finished(name, recipe, sums):
             yield Stage(self, current=True)
             return
@@ -144,6 +143,13 @@ class Run:
             stage, started = Stage(self, current=False), time.monotonic()
             yield stage
             self._record(name, recipe, sums, stage.outputs, time.monotonic() - started)
+
+    def is_current(self, name: str, recipe: dict[str, Any], inputs: Sequence[str] = ()) -> bool:
+        """Whether a unit is finished, by this very recipe and from these very inputs; never an error."""
+        try:
+            return self._is_finished(name, *self._identity(recipe, inputs))
+        except SdpoError:
+            return False
 
     def replace_dropped(self, stage: str, frame: pl.DataFrame) -> None:
         """Put `frame` in the place of what `stage` had dropped before, and log the reasons."""
@@ -199,6 +205,11 @@ class Run:
     def _collect(self, pattern: str, schema: pl.Schema) -> pl.DataFrame:
         files = sorted(self.path.glob(pattern))
         return pl.concat([_read_parquet(file) for file in files]) if files else schema.to_frame()
+
+    def _identity(self, recipe: dict[str, Any], inputs: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
+        """Give a recipe as lineage.json holds it, and the sha256 of the inputs."""
+        sums = {table: sha256(self.path / f"{table}.parquet") for table in inputs}
+        return json.loads(json.dumps(recipe, default=str)), sums
 
     def _is_finished(self, name: str, recipe: dict, sums: dict[str, str]) -> bool:
         """Whether the unit is done by this recipe from these inputs; an error if by or from others."""

@@ -133,12 +133,13 @@ def completion_logps(
     return logps
 
 
-def make_scores(call: Command, pairs: pl.DataFrame) -> pl.DataFrame:
-    """Make RUN/scores.parquet, unless it is up to date."""
+def make_scores(call: Command, pairs: pl.DataFrame, *, asked: bool = False) -> pl.DataFrame:
+    """Make RUN/scores.parquet, unless it is up to date; for --force see `make_pairs`."""
     config = call.settings["score"]
     assert isinstance(config, ScoreConfig)
     recipe = {"model": model_key(call.model), **config.model_dump(exclude={"token_budget"})}
-    with call.run.stage("scores", recipe, ["pairs"], force=call.force) as stage:
+    force = call.force and (asked or not call.run.is_current("scores", recipe, ["pairs"]))
+    with call.run.stage("scores", recipe, ["pairs"], force=force) as stage:
         if stage.current:
             return call.run.scores
         started = time.monotonic()
@@ -154,7 +155,7 @@ def main() -> None:
     sections: dict[str, type[Settings]] = {"score": ScoreConfig, "pairs": PairsConfig}
     call = read_command("python -m sdpo_data.score", __doc__, "score", sections)
     made = call.run.lineage.get("scores")
-    scores = make_scores(call, make_pairs(call))
+    scores = make_scores(call, make_pairs(call), asked=True)
     call.save()
     if call.run.lineage["scores"] == made:
         say(f"up to date: {call.run.path / 'scores.parquet'}")

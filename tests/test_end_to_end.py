@@ -41,6 +41,15 @@ def test_partition_and_train_on_the_tiny_model(run_command, pair_file, tiny_mode
     assert made.steps["pairs"].to_list() == trained
     assert set(made.lineage) == {"pairs", "scores", "partition", "arms/sdpo/seed_0/step_1", "arms/sdpo/seed_0/step_2"}
 
+    before = made.lineage
+    code, out, err = run_command("sdpo_data.partition", run, "--seed", 1, "--force")
+    assert code == 0, err
+    changed = {unit for unit, entry in made.lineage.items() if entry != before[unit]}
+    assert changed == {"partition"}  # --force does not pay for pairs and scores again
+    code, _, err = run_command("sdpo_train", run)
+    assert code == 2
+    assert "step_1 is stale: partition.parquet has changed" in err
+
 
 @pytest.mark.real
 def test_the_four_commands_on_the_embedded_model_and_again(tmp_path):

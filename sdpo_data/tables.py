@@ -113,7 +113,7 @@ RESULTS = pl.Schema(
         "task": pl.String,  # one of the four, or "h4" for their mean
         "metric": pl.String,
         "value": pl.Float64,  # points of 100
-        "stderr": pl.Float64,  # standard error of value, points; null where n < 2
+        "stderr": pl.Float64,  # standard error of value, points; null where the items show no spread
         "n": pl.Int64,  # questions behind value
         "n_full": pl.Int64,  # questions the task has: n < n_full is a limited run
         "subset": pl.String,  # "all" or "clean"

@@ -13,10 +13,11 @@ def mean_stderr(values: Sequence[float]) -> tuple[float, float | None]:
         values: at least one, finite.
 
     Returns:
-        mean, and its standard error; None for a single value, whose spread is unknown.
+        mean, and its standard error; None where the values show no spread, because there is one
+        or because they are equal: four wrong answers are not 0 +- 0.
     """
     array = np.asarray(values, dtype=float)
-    stderr = float(array.std(ddof=1)) / math.sqrt(array.size) if array.size > 1 else None
+    stderr = float(array.std(ddof=1)) / math.sqrt(array.size) if np.ptp(array) > 0 else None
     return float(array.mean()), stderr
 
 
@@ -37,8 +38,8 @@ def macro_mean_stderr(values: Sequence[float], strata: Sequence[Hashable]) -> tu
     """Average the means of fixed strata, each counting once: MMLU over its subjects.
 
     The strata are all there are, not a draw from more: differences between them are no error,
-    and clustering by stratum would overstate it. Where a stratum holds a single value, whose
-    spread is unknown, the spread of all values together stands in for every stratum's. That
+    and clustering by stratum would overstate it. Where a stratum shows no spread (one value, or
+    equal ones), the spread of all values together stands in for every stratum's. That
     also holds the differences between strata, so the standard error then errs upward.
 
     Args:
@@ -46,7 +47,7 @@ def macro_mean_stderr(values: Sequence[float], strata: Sequence[Hashable]) -> tu
         strata: the stratum of each value.
 
     Returns:
-        macro mean, and its standard error; None for a single value.
+        macro mean, and its standard error; None where all values are equal.
 
     Source: arXiv 2411.00640 for strata; Cochran, Sampling Techniques, 3rd edition, section
         5A.12, for collapsing those with one unit (here all of them, into one).
@@ -55,7 +56,7 @@ def macro_mean_stderr(values: Sequence[float], strata: Sequence[Hashable]) -> tu
     for value, stratum in zip(values, strata, strict=True):
         groups.setdefault(stratum, []).append(value)
     means, stderrs = zip(*map(mean_stderr, groups.values()), strict=True)
-    if None in stderrs and len(values) > 1:
+    if None in stderrs and np.ptp(values) > 0:
         spread = float(np.std(np.asarray(values, dtype=float), ddof=1))
         stderrs = [spread / math.sqrt(len(group)) for group in groups.values()]
     return mean_of_means(means, stderrs)

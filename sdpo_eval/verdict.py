@@ -36,7 +36,8 @@ def tell_verdict(evidence: Evidence) -> Iterator[Block]:
     told: dict[str, list[str]] = {}
     for row in _contrasts(evidence, results):
         if row["task"] in [TITLES[task] for task in spoken]:
-            said = f"{row['task']} {row['difference'].number} {row['95_%_interval']}, {row['verdict']}"
+            interval = f" {row['95_%_interval']}" if row["difference"].interval else ""
+            said = f"{row['task']} {row['difference'].number}{interval}, {row['verdict']}"
             told.setdefault(row["contrast"], []).append(said)
     for contrast, said in told.items():
         yield Prose(f"{contrast}, over the same questions: {'; '.join(said)}.")
@@ -124,8 +125,8 @@ def _contrasts(evidence: Evidence, results: pl.DataFrame) -> list[dict[str, Any]
 
 
 def _judged(difference: Estimate) -> str:
-    if difference.interval is None:
-        return "unknown"
+    if difference.interval is None:  # one question, or the same answers to all
+        return "not distinguishable"
     low, high = difference.interval
     return "higher" if low > 0 else "lower" if high < 0 else "not distinguishable"
 

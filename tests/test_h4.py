@@ -217,21 +217,22 @@ def items(task, scores, subject=None, arm="base", step=0):
 
 
 def test_results_by_hand():
-    # ARC 1/4 -> 25, s^2 = (9/16 + 3/16) / 3 = 1/4, SE 100 / 4 = 25.  HellaSwag 1, 1 -> 100 ± 0.
-    # MMLU a: 1, 0 -> 1/2, SE 1/2; b: 0, 0, 0 -> 0 ± 0; macro 25 (micro 20), SE sqrt(1/4) / 2 = 25.
+    # ARC 1/4 -> 25, s^2 = (9/16 + 3/16) / 3 = 1/4, SE 100 / 4 = 25.  HellaSwag 1, 0 -> 50 ± 50.
+    # MMLU a: 1, 0 -> 1/2; b: 0, 0, 0 -> 0; macro 25 (micro 20); SE as in test_stats, 100 sqrt(1/6) / 2.
     # TruthfulQA .2, .4 -> 30, s^2 = .02, SE 100 * .1 = 10.
-    # H4 (25 + 100 + 25 + 30) / 4 = 45; SE sqrt(25^2 + 0 + 25^2 + 10^2) / 4 = sqrt(1350) / 4
+    # H4 (25 + 50 + 25 + 30) / 4 = 32.5; SE sqrt(25^2 + 50^2 + 10000 / 24 + 10^2) / 4
     frame = pl.concat([
         items("truthfulqa_mc2", [0.2, 0.4]), items("mmlu", [1, 0], "a"), items("mmlu", [0, 0, 0], "b"),
-        items("hellaswag", [1, 1]), items("arc_challenge", [0, 0, 1, 0]),
+        items("hellaswag", [1, 0]), items("arc_challenge", [0, 0, 1, 0]),
     ])  # fmt: skip
     results = h4.summarise_items(frame)
     assert results.select("task", "metric", "n", "n_full").rows() == [
         ("arc_challenge", "acc_norm", 4, 1172), ("hellaswag", "acc_norm", 2, 10042), ("mmlu", "acc", 5, 14042),
         ("truthfulqa_mc2", "mc2", 2, 817), ("h4", "mean", 13, 26073),
     ]  # fmt: skip
-    assert results["value"].to_list() == pytest.approx([25, 100, 25, 30, 45])
-    assert results["stderr"].to_list() == pytest.approx([25, 0, 25, 10, 1350**0.5 / 4])
+    assert results["value"].to_list() == pytest.approx([25, 50, 25, 30, 32.5])
+    mmlu = 10_000 / 24
+    assert results["stderr"].to_list() == pytest.approx([25, 50, mmlu**0.5, 10, (3225 + mmlu) ** 0.5 / 4])
     assert results["subset"].unique().to_list() == ["all"]
 
 

@@ -51,7 +51,21 @@ def test_macro_mean_by_hand():
 
 
 def test_differences_between_strata_are_no_error():
-    assert macro_mean_stderr([0, 0, 1, 1], ["a", "a", "b", "b"]) == (0.5, 0.0)
+    # a: 0, 2: mean 1, SE 1.   b: 100, 104: mean 102, SE 2.   mean 51.5; SE = sqrt(1 + 4) / 2
+    got = macro_mean_stderr([0, 100, 2, 104], ["a", "b", "a", "b"])
+    assert got == pytest.approx((51.5, math.sqrt(5) / 2))
+
+
+def test_equal_values_are_not_taken_for_certainty():
+    assert mean_stderr([0, 0, 0, 0]) == (0, None)
+    assert macro_mean_stderr([0, 0, 0, 0], ["a", "a", "b", "b"]) == (0, None)
+
+
+def test_strata_without_spread_take_the_variance_of_all():
+    # a: 1, 0: mean 1/2; b: 0, 0, 0. All: mean 1/5, s^2 = (16/25 + 4 * 1/25) / 4 = 1/5. SE^2: a 1/10, b 1/15.
+    # mean (1/2 + 0) / 2 = 1/4; SE = sqrt(1/10 + 1/15) / 2 = sqrt(1/6) / 2
+    got = macro_mean_stderr([1, 0, 0, 0, 0], ["a", "a", "b", "b", "b"])
+    assert got == pytest.approx((1 / 4, math.sqrt(1 / 6) / 2))
 
 
 def test_strata_of_one_take_the_variance_of_all():

@@ -273,6 +273,7 @@ print(assets.pair_file("embedded:word").read_text())
 """
 
 
+@pytest.mark.real
 def test_processes_that_fetch_the_same_thing_at_once(index, cache, tmp_path):
     command = [sys.executable, "-c", PROCESS, write_wheel(index), str(tmp_path / "log")]
     processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
@@ -433,6 +434,7 @@ NO_CONFIG = "assets.hub_dataset('me/quiz', 'gen', 'validation')"
 NO_DATASET = "assets.hub_dataset('me/none', None, 'train')"
 
 
+@pytest.mark.real
 def test_hub_answers_then_falls_silent(hub):
     files = ["config.json", "model.safetensors", "tokenizer.json"]  # neither the pickle nor the code
     got = hub.ask(MODEL, PICKLED, NO_MODEL, DATASET, NO_SPLIT, NO_CONFIG, NO_DATASET)

@@ -221,6 +221,7 @@ def pairs_of(sample):
 
 
 @pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.real
 def test_questions_are_lm_evals_own(name, all_shots, tmp_path, monkeypatch):
     task = h4.TASKS[name]
     documents = h4.load_documents(task, str(all_shots))
@@ -234,6 +235,7 @@ def test_questions_are_lm_evals_own(name, all_shots, tmp_path, monkeypatch):
         assert alone[0].pairs == pairs_of(theirs[2])
 
 
+@pytest.mark.real
 def test_hellaswag_shots_from_raw_documents_are_lm_evals_own(small, tmp_path, monkeypatch):
     task = h4.TASKS["hellaswag"]
     raw = tmp_path / "raw"
@@ -279,6 +281,7 @@ def compare_with_lm_eval(folder, data, names, limit, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.real
 def test_answers_are_lm_evals_own(name, models, small, tmp_path, monkeypatch):
     compare_with_lm_eval(
         models / "one", small, [(name, "virology" if name == "mmlu" else None)], 3, tmp_path, monkeypatch
@@ -321,6 +324,7 @@ def test_base_and_steps_on_the_same_items(small, models, run):
     assert_frame_equal(Run(run).results, results)
 
 
+@pytest.mark.real
 def test_a_result_is_the_mean_of_its_items(small, models, run):
     results = evaluate(models / "one", config(small), run)
     items = Run(run).items
@@ -334,6 +338,7 @@ def test_a_result_is_the_mean_of_its_items(small, models, run):
     assert results.filter(task="mmlu")["value"][0] == pytest.approx(100 * by_subject.mean())
 
 
+@pytest.mark.real
 def test_a_second_time_nothing_is_done(small, models, run, monkeypatch):
     first = evaluate(steps_of(models, "one"), config(small, limit=2), run)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")}
@@ -344,6 +349,7 @@ def test_a_second_time_nothing_is_done(small, models, run, monkeypatch):
     assert Run(run).lineage == lineage
 
 
+@pytest.mark.real
 def test_a_larger_limit_asks_only_what_is_new(small, models, run, answered):
     few = evaluate(models / "base", config(small, limit=2), run)
     asked = set(answered)
@@ -358,6 +364,7 @@ def test_a_larger_limit_asks_only_what_is_new(small, models, run, answered):
     assert Run(run).items.height == 16
 
 
+@pytest.mark.real
 def test_numbers_do_not_depend_on_rows_or_limit(small, models, tmp_path):
     tasks = ["hellaswag", "truthfulqa_mc2"]
     evaluate(models / "base", config(small, limit=3, token_budget=1, tasks=tasks), tmp_path / "a")
@@ -369,6 +376,7 @@ def test_numbers_do_not_depend_on_rows_or_limit(small, models, tmp_path):
     assert_frame_equal(few, common, abs_tol=1e-4)
 
 
+@pytest.mark.real
 def test_equal_weights_are_evaluated_once(small, models, run, answered):
     evaluate(steps_of(models, "one"), config(small, limit=2), run)
     answered.clear()
@@ -379,6 +387,7 @@ def test_equal_weights_are_evaluated_once(small, models, run, answered):
     assert (run / "items/copy-0-0-mmlu.parquet").exists()
 
 
+@pytest.mark.real
 def test_a_killed_run_goes_on_where_it_stopped(small, models, run, answered, monkeypatch):
     monkeypatch.setattr(harness, "SAVE_EVERY", 2)
     ask = harness.answer_items
@@ -419,6 +428,7 @@ def test_another_protocol_under_the_same_name_is_refused(small, models, run, tmp
         evaluate(models / "one", config(changed, limit=2, tasks=["hellaswag"]), run)
 
 
+@pytest.mark.real
 def test_force_evaluates_again(small, models, run, answered):
     evaluate(models / "one", config(small, limit=2, tasks=["mmlu"]), run)
     evaluate(models / "one", config(small, limit=2, tasks=["mmlu"]), run, force=True)
@@ -451,6 +461,7 @@ def test_the_base_model_must_be_named(small, models, tmp_path):
     assert named["arm"].to_list() == ["base", "sdpo"]
 
 
+@pytest.mark.real
 def test_without_truthfulqa_three_tasks_and_no_h4(small, models, run, tmp_path, monkeypatch, caplog):
     def silent(*_):
         raise SdpoError("The hub did not answer.")
@@ -471,6 +482,7 @@ def test_without_truthfulqa_three_tasks_and_no_h4(small, models, run, tmp_path, 
     assert more["task"].to_list() == ["arc_challenge", "hellaswag", "mmlu"]
 
 
+@pytest.mark.real
 def test_results_hold_only_models_asked_the_same(small, models, run, caplog):
     evaluate({"early": models / "one"}, config(small, limit=1), run)
     with caplog.at_level(logging.WARNING):
@@ -489,6 +501,7 @@ def test_mmlu_on_named_subjects(small, models, run):
         evaluate(models / "one", config(small, mmlu_subjects=["astrology"]), run)
 
 
+@pytest.mark.real
 def test_loaded_models_and_their_dtype(small, models):
     import torch
 
@@ -502,6 +515,7 @@ def test_loaded_models_and_their_dtype(small, models):
         evaluate(model, only)
 
 
+@pytest.mark.real
 def test_dtypes_are_different_protocols(small, models):
     single, half = (
         evaluate(models / "one", config(small, limit=1, tasks=["mmlu"], dtype=dtype))

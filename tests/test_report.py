@@ -112,6 +112,7 @@ def test_numbers_in_json_are_those_of_the_tables(run):
     }  # fmt: skip
 
 
+@pytest.mark.real
 def test_the_same_run_gives_the_same_report(run, page):
     one, two = Report(run), Report(run)
     assert (one.html(), one.markdown(), one.json()) == (page, two.markdown(), two.json())
@@ -125,6 +126,7 @@ def test_a_notebook_shows_the_page_in_a_frame_of_its_own(run, page):
     assert "save()" in repr(Report(run))
 
 
+@pytest.mark.real
 def test_few_questions_make_a_wiring_run_and_all_of_them_make_none(own_run):
     assert "Wiring run: it shows that the chain works; its H4 decides nothing." in said(own_run)
     assert "ARC-Challenge 60 of 1,172" in said(own_run)
@@ -137,6 +139,7 @@ def test_few_questions_make_a_wiring_run_and_all_of_them_make_none(own_run):
     assert "Wiring run" not in said(own_run)
 
 
+@pytest.mark.real
 def test_a_missing_task_leaves_no_h4(tmp_path):
     run = make_run(tmp_path / "run", tasks=["arc_challenge", "hellaswag", "mmlu"])
     report = Report(run)
@@ -271,6 +274,7 @@ def test_a_table_that_lacks_a_column(own_run):
 # --- the command ----------------------------------------------------------------------------
 
 
+@pytest.mark.real
 def test_the_command_says_up_to_date_until_something_changes(own_run, capsys):
     page, up_to_date = f"{own_run / 'report.html'}\n", f"up to date: {own_run / 'report.html'}\n"
     assert run_main(capsys, own_run).endswith(page)
@@ -448,6 +452,7 @@ FLAGS = [
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no chromium binary on the path")
+@pytest.mark.real
 def test_chromium_draws_every_figure_of_a_hostile_run_without_error(hostile_page, tmp_path):
     file = tmp_path / "report.html"
     file.write_text(hostile_page, "utf-8")

@@ -43,9 +43,9 @@ class Command:
     file: dict[str, Any]
     """What config.yaml is to hold: the old file, the recipe and the flags, merged."""
 
-    def save(self, *sections: str) -> None:
-        """Merge these sections, or all there are, into RUN/config.yaml. Call it once the work they ask for is done."""
-        merge_config(self.run, {name: self.file[name] for name in sections or self.file if name in self.file})
+    def save(self) -> None:
+        """Merge the settings into RUN/config.yaml. Call it once the work they ask for is done."""
+        merge_config(self.run, self.file)
 
 
 def merge_config(run: Run, sections: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from sdpo_data import workers
 from sdpo_data.tables import SdpoError
 
 stdout = Console(width=None if sys.stdout.isatty() else 132)  # a pipe or a file has no width
@@ -41,7 +42,7 @@ def command(main: Callable[[], None]) -> None:
     handler = RichHandler(console=stderr, show_path=False, show_level=False) if terminal else logging.StreamHandler()
     logging.basicConfig(level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler], force=True)
     for package in ("sdpo_data", "sdpo_train", "sdpo_eval"):
-        logging.getLogger(package).setLevel(logging.INFO)
+        logging.getLogger(package).setLevel(logging.INFO if workers.is_main() else logging.WARNING)
     try:
         main()
     except SdpoError as error:
@@ -86,7 +87,7 @@ def progress(stage: str, total: int, unit: str) -> Iterator[Callable[[int], None
         TimeRemainingColumn(),
         console=stderr,
         transient=True,
-        disable=not (stderr.is_terminal or stderr.is_jupyter),
+        disable=not (stderr.is_terminal or stderr.is_jupyter) or not workers.is_main(),
     )
     with bar:
         task: TaskID = bar.add_task(stage, total=total, unit=unit)
@@ -94,12 +95,15 @@ def progress(stage: str, total: int, unit: str) -> Iterator[Callable[[int], None
 
 
 def say(line: str) -> None:
-    """Print one line of result to stdout."""
-    print(line)
+    """Print one line of result to stdout; of several processes the main one speaks."""
+    if workers.is_main():
+        print(line)
 
 
 def print_table(frame: pl.DataFrame, title: str) -> None:
     """Print a small frame to stdout, numbers to the right."""
+    if not workers.is_main():
+        return
     table = Table(title=title, title_justify="left", title_style="bold")
     for column, dtype in frame.schema.items():
         table.add_column(column, justify="right" if dtype.is_numeric() else "left", overflow="fold")

@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import logging
+import math
 import mmap
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
+from sdpo_data import workers
 from sdpo_data.assets import cache_folder, model_folder
 from sdpo_data.run import write_atomically
 from sdpo_data.tables import SdpoError
@@ -30,12 +32,18 @@ NOT_NUMBERS = (  # parts of a config that do not change what the model computes
 )  # fmt: skip
 
 
-def load_model(name: str | Path, dtype: str = "float32") -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+def load_model(
+    name: str | Path, dtype: str = "float32", device_map: "dict[str, Any] | None" = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Load a causal LM and its tokenizer, in eval mode, on the GPU if there is one.
+
+    Of several processes each has its own GPU. A single process spreads a model that is larger than
+    one GPU's free memory over all of them, and over the CPU.
 
     Args:
         name: folder, hub id, or embedded:NAME.
         dtype: of the weights in memory: float32, bfloat16 or float16.
+        device_map: where to put which module, as accelerate has it; None to decide as above.
 
     Raises:
         SdpoError: there is no such model, it is not one that can be loaded safely, or some of its
@@ -47,11 +55,13 @@ def load_model(name: str | Path, dtype: str = "float32") -> "tuple[PreTrainedMod
 
     folder = model_folder(str(name))
     transformers.utils.logging.disable_progress_bar()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = f"cuda:{workers.local_rank()}" if torch.cuda.is_available() else "cpu"
+    too_large = workers.count() == 1 and torch.cuda.is_available() and _size(folder, dtype) > _free_memory(device)
     try:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
+            device_map=device_map or ("auto" if too_large else None),
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -65,7 +75,20 @@ def load_model(name: str | Path, dtype: str = "float32") -> "tuple[PreTrainedMod
             f"Model {name} lacks {len(missing)} of the weights of a {type(model).__name__}, e.g. {missing[0]}. "
             f"Is {folder} complete, and a causal language model?"
         )
-    return model.to(device).eval(), tokenizer
+    return (model if hasattr(model, "hf_device_map") else model.to(device)).eval(), tokenizer
+
+
+def _size(folder: Path, dtype: str) -> float:
+    """Bytes of a folder's weights in another dtype, with a tenth for what a forward pass needs."""
+    width = {"float32": 4, "bfloat16": 2, "float16": 2}[dtype]
+    tensors = [tensor for path in folder.glob("*.safetensors") for tensor in _header(path).values()]
+    return 1.1 * width * sum(math.prod(tensor["shape"]) for tensor in tensors)
+
+
+def _free_memory(device: str) -> int:
+    import torch
+
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase":
@@ -153,6 +176,13 @@ def _tensors_of_folder(folder: Path) -> Iterable[tuple[str, str, tuple[int, ...]
                         begin, end = (8 + size + offset for offset in tensor["data_offsets"])
                         with view[begin:end] as part:
                             yield name, tensor["dtype"], tuple(tensor["shape"]), part
+
+
+def _header(path: Path) -> dict[str, Any]:
+    """Read a safetensors file's header: name -> dtype, shape, offsets."""
+    with path.open("rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
 
 
 def _bytes(tensor: Any) -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 import polars as pl
 import pydantic
 
+from sdpo_data import workers
 from sdpo_data.config import Command, Settings, read_command
 from sdpo_data.console import command, print_table, say
 from sdpo_data.difficulty import Difficulty, describe_scores, difficulty_named, length_correlation
@@ -116,7 +117,12 @@ def main() -> None:
     assert isinstance(config, PartitionConfig)
     _difficulty(config)  # refuse a misspelt one before the hour of scoring, not after it
     made = call.run.lineage.get("partition")
-    scores = make_scores(call, make_pairs(call))
+    if workers.is_main():
+        make_pairs(call)
+    workers.wait()
+    scores = make_scores(call, call.run.pairs)
+    if not workers.is_main():
+        return
     partition = make_partition(call, scores)
     call.save()
     if call.run.lineage["partition"] == made:

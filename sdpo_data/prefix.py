@@ -1,51 +1,38 @@
-"""Log-probabilities of many continuations, each shared prefix computed once.
+"""Log-probabilities of many continuations, each shared prefix computed once: the one engine under all.
 
-Sequences are sorted, so that those with a common beginning stand together, and packed into rows.
-A row is the prefix tree of its sequences, written out depth first: a token sees its ancestors and
-itself, and its position is its depth. So every sequence gets what it would get alone, and a token
-that several sequences share is computed once a row. Last tokens are only predicted, never read,
-so they are in no row.
+`tree.py` says what is computed together; here a model computes it. Rows of a prefix tree go through
+the model's own forward with a mask in which siblings do not see each other, on top of a KV cache of
+their ancestors. The head works on the positions that predict a completion, a few rows at a time.
 
-        prompt -+- chosen (c3 c4 c5)       tokens    p0 p1 p2 c3 c4 r3
-                +- rejected (r3 r4)        position   0  1  2  3  4  3
-                                           r3 sees   p0 p1 p2 r3, and predicts r4
-
-The saving is about (2P + C + R) / (P + C + R) for a pair, and there is no padding at all.
+Whether a model can be read this way is measured, not looked up: where it does not give the same
+answer as for sequences alone (ALiBi, recurrent state, beyond a sliding window), they come in padded
+batches of like length instead.
 """
 
-import inspect
-import itertools
+import json
 import logging
-import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import xxhash
+
+from sdpo_data.assets import cache_folder
+from sdpo_data.run import write_atomically
+from sdpo_data.tree import Bin, Request, Row, plan_bins, plan_rows
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
+    from transformers.cache_utils import DynamicCache
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.3, "float16": 0.1}  # nats a token, packed against alone, at the probe
-
-PLAIN_ROW = 512  # tokens up to which a row takes in anything that fits: small matrices are slow
-WORTH = 3000  # a shared token saves as much work as this many masked-out pairs of tokens cost, in a 135M model
-
-_packs: "weakref.WeakKeyDictionary[PreTrainedModel, bool]" = weakref.WeakKeyDictionary()
-
-
-@dataclass(frozen=True)
-class Row:
-    """The prefix tree of some sequences without their last tokens, one node a token, depth first."""
-
-    tokens: np.ndarray  # (nodes,) token ids
-    depth: np.ndarray  # (nodes,) position ids
-    end: np.ndarray  # (nodes,) node j is seen by node i if j <= i < end[j]
-    predictors: dict[int, np.ndarray]  # sequence -> the nodes that predict its completion, in order
-    targets: dict[int, np.ndarray]  # sequence -> the token ids they are to predict
+ROW_TOKENS = {"cpu": 512, "cuda": 8192}  # of a forward pass: beyond 512, dense masks cost a CPU more than they save
+HEAD_BYTES = {"cpu": 2**26, "cuda": 2**29}  # of the largest (rows, vocabulary) block of float32 logits
+TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.05, "float16": 0.01}  # nats a token, at the probe
+PROBE = 24  # tokens of the smallest probe
 
 
 @dataclass(frozen=True)
@@ -56,195 +43,367 @@ class Completion:
     greedy: bool  # every token is the likeliest one
 
 
-def score_completions(
-    model: "PreTrainedModel", sequences: Sequence[tuple[Sequence[int], int]], token_budget: int
-) -> Iterator[tuple[list[int], list[Completion]]]:
-    """Score the tokens of each sequence from `start` on, row by row, the longest rows first.
+@dataclass(frozen=True)
+class Reading:
+    """How a model can be read; measured once for every config, dtype and device."""
 
-    Which way is taken is measured, not looked up: packed rows where the model gives the same
-    answer for them as for sequences alone, length-sorted batches where it does not (ALiBi,
-    recurrent state) and for sequences longer than its sliding window.
+    packed_length: int
+    """Longest sequence that gets in a tree what it gets alone, tokens; 0 if none does."""
+    probed: int
+    """Longest sequence that was tried."""
+    split_head: bool
+    """The head can be run by itself, on some positions only."""
+
+
+def score_completions(
+    model: "PreTrainedModel",
+    requests: Sequence[Request],
+    token_budget: int | None = None,
+    advance: Callable[[int], None] = lambda _: None,
+) -> Iterator[tuple[list[int], list[Completion]]]:
+    """Score the tokens of each request from its start on, bin by bin, the longest sequences first.
 
     Args:
         model: loaded causal LM, in eval mode.
-        sequences: (token ids, start); 1 <= start < len(ids): a first token is never predicted.
-        token_budget: tokens per row; a single longer sequence has a row of its own.
+        requests: (token ids, start); 1 <= start < len(ids): a first token is never predicted.
+        token_budget: tokens per forward pass at most; a device has its own limit besides.
+        advance: told the tokens computed, row by row.
 
     Yields:
-        The places of some sequences in `sequences`, and what the model says of them.
+        The places of some requests in `requests`, and what the model says of them.
 
     Raises:
-        ValueError: a sequence has no completion token. It would get 0, the best score there is.
+        ValueError: a request has no completion token. It would get 0, the best score there is.
     """
-    import torch
-
-    impossible = [place for place, (ids, start) in enumerate(sequences) if not 1 <= start < len(ids)]
+    impossible = [place for place, (ids, start) in enumerate(requests) if not 1 <= start < len(ids)]
     if impossible:
         raise ValueError(f"Sequence {impossible[0]} has no completion token after a first token: nothing to score.")
-    window = _window(model)
-    with torch.inference_mode():
-        packed = [place for place, (ids, _) in enumerate(sequences) if len(ids) <= window and _can_pack(model)]
-        alone = sorted(set(range(len(sequences))) - set(packed))
-        for row in plan_rows(sequences, packed, token_budget):
-            yield list(row.predictors), _score_row(model, row)
-        for batch in _plan_batches(sequences, alone, token_budget):
-            yield batch, _score_batch(model, [sequences[place] for place in batch])
+    if not requests:
+        return
+    for bin_ in plan_work(model, requests, token_budget):
+        own = [requests[place] for place in bin_.sequences]
+        yield list(bin_.sequences), score_bin(model, own, row_tokens(model, token_budget), advance, packed=bin_.packed)
 
 
-def plan_rows(sequences: Sequence[tuple[Sequence[int], int]], places: Sequence[int], token_budget: int) -> list[Row]:
-    """Pack sequences into rows of at most `token_budget` tokens, the longest row first.
+def plan_work(model: "PreTrainedModel", requests: Sequence[Request], token_budget: int | None = None) -> list[Bin]:
+    """Plan bins for this model: trees as far as it can read them, batches beyond."""
+    longest = max(len(ids) for ids, _ in requests)
+    return plan_bins(requests, row_tokens(model, token_budget), read_model(model, longest).packed_length)
 
-    Beyond PLAIN_ROW a row takes a sequence in only where what it shares outweighs the attention
-    between siblings, which is computed and masked. The plan depends on the sequences alone, not
-    on their order.
+
+def row_tokens(model: "PreTrainedModel", token_budget: int | None) -> int:
+    """Tokens of a forward pass: what suits the device, or less where the budget says so."""
+    own = ROW_TOKENS.get(model.device.type, ROW_TOKENS["cuda"])
+    return min(own, token_budget) if token_budget else own
+
+
+def score_bin(
+    model: "PreTrainedModel",
+    requests: Sequence[Request],
+    row_tokens: int,
+    advance: Callable[[int], None] = lambda _: None,
+    *,
+    packed: bool = True,
+) -> list[Completion]:
+    """Compute one bin: its requests in, one completion each out. A cluster may map over bins.
+
+    The numbers depend on the requests, their order and `row_tokens` alone: the same bin gives the
+    same bits on the same machine.
+
+    Args:
+        requests: of one bin of `plan_bins`, in its order.
+        row_tokens: tokens of a forward pass.
+        advance: told the tokens computed.
+        packed: as a tree in rows, else as one padded batch.
     """
-    ids = {place: np.asarray(sequences[place][0], dtype=np.int64) for place in places}
-    order = sorted(places, key=lambda place: (ids[place].astype(">i8").tobytes(), sequences[place][1]))
-    runs: list[list[tuple[int, int]]] = []  # rows of (sequence, nodes it shares with the one before)
-    size = 0
-    for place in order:
-        shared = _common_prefix(ids[runs[-1][-1][0]][:-1], ids[place][:-1]) if runs else 0
-        fresh = len(ids[place]) - 1 - shared
-        pays = size + fresh <= PLAIN_ROW or 2 * size * fresh <= WORTH * shared
-        if not (runs and pays and size + fresh <= token_budget):
-            runs.append([])
-            fresh, shared, size = fresh + shared, 0, 0
-        runs[-1].append((place, shared))
-        size += fresh
-    rows = [_tree(run, ids, sequences) for run in runs]
-    return sorted(rows, key=lambda row: -len(row.tokens))
-
-
-def count_tokens(sequences: Sequence[tuple[Sequence[int], int]]) -> int:
-    """Count the nodes of the one prefix tree of all sequences: the fewest tokens any plan can compute."""
-    order = sorted(np.asarray(ids[:-1], dtype=">i8").tobytes() for ids, _ in sequences)
-    texts = [np.frombuffer(text, dtype=">i8") for text in order]
-    shared = (_common_prefix(before, text) for before, text in itertools.pairwise(texts))
-    return sum(map(len, texts)) - sum(shared)
-
-
-def _tree(
-    run: list[tuple[int, int]], ids: dict[int, np.ndarray], sequences: Sequence[tuple[Sequence[int], int]]
-) -> Row:
-    size = sum(len(ids[place]) - 1 - shared for place, shared in run)
-    tokens, depth = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
-    end = np.full(size, size, dtype=np.int64)
-    path = np.zeros(0, dtype=np.int64)  # node at each depth of the sequence before
-    predictors, targets, used = {}, {}, 0
-    for place, shared in run:
-        fresh = np.arange(used, used + len(ids[place]) - 1 - shared)
-        end[path[shared:]] = used  # what the sequence before did not share, nothing later sees
-        path = np.concatenate([path[:shared], fresh])
-        tokens[fresh] = ids[place][shared:-1]
-        depth[fresh] = np.arange(shared, len(path))
-        start = sequences[place][1]
-        predictors[place], targets[place] = path[start - 1 :], ids[place][start:]
-        used += len(fresh)
-    return Row(tokens, depth, end, predictors, targets)
-
-
-def _score_row(model: "PreTrainedModel", row: Row) -> list[Completion]:
     import torch
 
-    device = model.device
-    node = torch.arange(len(row.tokens), device=device)
-    end = torch.from_numpy(row.end).to(device)
-    seen = (node[None, :] <= node[:, None]) & (node[:, None] < end[None, :])  # (nodes, nodes)
-    bias = torch.zeros(seen.shape, dtype=model.dtype, device=device)
-    bias.masked_fill_(~seen, torch.finfo(model.dtype).min)
-    kept, rows = np.unique(np.concatenate(list(row.predictors.values())), return_inverse=True)
-    logits = model(
-        input_ids=torch.from_numpy(row.tokens)[None].to(device),
-        position_ids=torch.from_numpy(row.depth)[None].to(device),
-        attention_mask=bias[None, None],
-        use_cache=False,
-        **_keep(model, torch.from_numpy(kept).to(device)),
-    ).logits[0]  # (kept, vocab)
-    return _read(logits, rows, list(row.targets.values()))
-
-
-def _read(logits: "torch.Tensor", rows: np.ndarray, targets: Sequence[np.ndarray]) -> list[Completion]:
-    """Log-probabilities, in float32, of the targets one after the other, target k predicted by logits[rows[k]]."""
-    import torch
-
-    logits = logits.float()
-    tokens = torch.from_numpy(np.concatenate(targets)).to(logits.device)
-    at = torch.from_numpy(rows).to(logits.device)
-    logps = (logits[at, tokens] - logits.logsumexp(-1)[at]).cpu().numpy()
-    likeliest = (logits.argmax(-1)[at] == tokens).cpu().numpy()
-    ends = np.cumsum([len(target) for target in targets])[:-1]
+    with torch.inference_mode():
+        counts = np.array([len(ids) - start for ids, start in requests])
+        logps = np.zeros(counts.sum(), dtype=np.float32)
+        likeliest = np.zeros(counts.sum(), dtype=bool)
+        for places, row_logps, row_likeliest, tokens in (_tree if packed else _batch)(model, requests, row_tokens):
+            logps[places] = row_logps.cpu().numpy()
+            likeliest[places] = row_likeliest.cpu().numpy()
+            advance(tokens)
+    ends = np.cumsum(counts)[:-1]
     return [
         Completion(part, bool(best.all()))
         for part, best in zip(np.split(logps, ends), np.split(likeliest, ends), strict=True)
     ]
 
 
-def _keep(model: "PreTrainedModel", positions: "torch.Tensor") -> dict[str, "torch.Tensor"]:
-    """Ask for the head's work at these positions only."""
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise TypeError("the model has no logits_to_keep")
-    return {"logits_to_keep": positions}
+def tree_logps(model: "PreTrainedModel", requests: Sequence[Request]) -> "list[torch.Tensor]":
+    """Do what `score_bin` does with gradients: the same forward, all requests in one row.
+
+    Args:
+        model: loaded causal LM that `read_model` says can be read in trees of this length.
+        requests: in any order; what they share is computed once.
+
+    Returns:
+        Of each request (completion tokens,), float32 or the model's wider dtype, nats, on the model's device.
+    """
+    import torch
+
+    [bin_] = plan_bins(requests, sum(len(ids) for ids, _ in requests))
+    own = [requests[place] for place in bin_.sequences]
+    [row] = plan_rows(own, bin_.tokens)
+    logps, _ = _read(model, _tree_states(model, row, None), row.readers, row.targets)
+    back = torch.from_numpy(np.argsort(row.places)).to(logps.device)
+    parts = logps[back].split([len(ids) - start for ids, start in own])
+    return [part for _, part in sorted(zip(bin_.sequences, parts, strict=True), key=lambda pair: pair[0])]
 
 
-def _can_pack(model: "PreTrainedModel") -> bool:
-    """Try a small tree: does every sequence get in it what it gets alone?"""
-    if model not in _packs:
-        vocabulary = model.config.get_text_config().vocab_size
-        ids = np.random.default_rng(0).integers(0, vocabulary, 24).tolist()
-        sequences = [(ids[:12], 8), (ids[:8] + ids[12:18], 8), (ids[:4] + ids[18:], 4)]
-        [row] = plan_rows(sequences, range(3), 100)
-        try:
-            together = dict(zip(row.predictors, _score_row(model, row), strict=True))
-            gap = max(
-                float(np.abs(together[place].logps - _score_batch(model, [sequence])[0].logps).max())
-                for place, sequence in enumerate(sequences)
-            )
-        except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
-            gap, reason = float("inf"), str(error).split("\n")[0]
+Read = tuple[np.ndarray, "torch.Tensor", "torch.Tensor", int]
+"""Places in the bin's completions, their log-probabilities, whether they are the likeliest, tokens computed."""
+
+
+def _tree(model: "PreTrainedModel", requests: Sequence[Request], row_tokens: int) -> Iterator[Read]:
+    from transformers.cache_utils import DynamicCache
+
+    rows = plan_rows(requests, row_tokens)
+    cache = DynamicCache() if len(rows) > 1 else None
+    for row in rows:
+        if cache is not None and len(row.columns) > len(row.tokens):
+            _keep(cache, row.kept)
+        elif cache is not None:
+            cache = DynamicCache()  # nothing of the row before is seen
+        states = _tree_states(model, row, cache)
+        if len(row.readers):
+            yield row.places, *_read(model, states, row.readers, row.targets), len(row.tokens)
         else:
-            reason = f"a token's log-probability moves by {gap:.2g} nats"
-        _packs[model] = gap <= TOLERANCE[str(model.dtype).removeprefix("torch.")]
-        if not _packs[model]:
-            log.info("%s cannot read packed rows (%s): padded batches instead", type(model).__name__, reason)
-    return _packs[model]
+            yield row.places, *_nothing(states), len(row.tokens)
+
+
+def _tree_states(model: "PreTrainedModel", row: Row, cache: "DynamicCache | None") -> "torch.Tensor":
+    """Run a row through the model up to its head: (nodes, hidden)."""
+    import torch
+
+    device = model.device
+    columns, end = (torch.from_numpy(part).to(device) for part in (row.columns, row.end))
+    node = columns[len(row.columns) - len(row.tokens) :, None]
+    seen = (columns <= node) & (node < end)  # (nodes, cached + nodes)
+    bias = torch.zeros(seen.shape, dtype=model.dtype, device=device)
+    bias.masked_fill_(~seen, torch.finfo(model.dtype).min)
+    output = model.base_model(
+        input_ids=torch.from_numpy(row.tokens)[None].to(device),
+        position_ids=torch.from_numpy(row.depth)[None].to(device),
+        attention_mask=bias[None, None],
+        past_key_values=cache,
+        use_cache=cache is not None,
+    )
+    return output.last_hidden_state[0]
+
+
+def _keep(cache: "DynamicCache", kept: np.ndarray) -> None:
+    """Leave in the cache only these of its positions."""
+    import torch
+
+    layers: Any = cache.layers
+    for layer in layers:
+        place = torch.from_numpy(kept).to(layer.keys.device)
+        layer.keys, layer.values = layer.keys[..., place, :], layer.values[..., place, :]
+
+
+def _batch(model: "PreTrainedModel", requests: Sequence[Request], _: int) -> Iterator[Read]:
+    """Compute sequences side by side, padded on the right."""
+    import torch
+
+    length = max(len(ids) for ids, _ in requests)
+    ids, mask = np.zeros((len(requests), length), dtype=np.int64), np.zeros((len(requests), length), dtype=np.int64)
+    for row, (tokens, _) in enumerate(requests):
+        ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+    inputs = {
+        "input_ids": torch.from_numpy(ids).to(model.device),
+        "attention_mask": torch.from_numpy(mask).to(model.device),
+        "use_cache": False,
+    }
+    readers = np.concatenate([row * length + np.arange(s - 1, len(t) - 1) for row, (t, s) in enumerate(requests)])
+    targets = np.concatenate([np.asarray(tokens[start:], dtype=np.int64) for tokens, start in requests])
+    if read_model(model).split_head:
+        states = model.base_model(**inputs).last_hidden_state.flatten(0, 1)
+        logps, likeliest = _read(model, states, readers, targets)
+    else:
+        logits = model(**inputs).logits.flatten(0, 1)[torch.from_numpy(readers).to(model.device)]
+        logps, likeliest = _logps(logits, torch.from_numpy(targets).to(logits.device))
+    yield np.arange(len(readers)), logps, likeliest, ids.size
+
+
+def _read(
+    model: "PreTrainedModel", states: "torch.Tensor", readers: np.ndarray, targets: np.ndarray
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Log-probability of target k as position readers[k] (ascending) predicts it, and whether it is the likeliest.
+
+    Every position goes through the head once, as many at a time as HEAD_BYTES allows; with
+    gradients, a block's logits are computed again on the way back rather than kept.
+    """
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    positions, rows = np.unique(readers, return_inverse=True)
+    vocabulary = model.config.get_text_config().vocab_size
+    size = max(1, HEAD_BYTES.get(states.device.type, HEAD_BYTES["cuda"]) // (4 * vocabulary))
+    parts = []
+    for first in range(0, len(positions), size):
+        low, high = np.searchsorted(rows, [first, first + size])
+        at = torch.from_numpy(rows[low:high] - first).to(states.device)
+        tokens = torch.from_numpy(targets[low:high]).to(states.device)
+        block = states[torch.from_numpy(positions[first : first + size]).to(states.device)]
+
+        def head(block: "torch.Tensor", at: "torch.Tensor" = at, tokens: "torch.Tensor" = tokens) -> Any:
+            return _logps(_head(model, block), tokens, at)
+
+        parts.append(checkpoint(head, block, use_reentrant=False) if block.requires_grad else head(block))
+    logps, likeliest = zip(*parts, strict=True)
+    return torch.cat(logps), torch.cat(likeliest)
+
+
+def _logps(
+    logits: "torch.Tensor", tokens: "torch.Tensor", at: "torch.Tensor | None" = None
+) -> "tuple[torch.Tensor, torch.Tensor]":
+    """Read log-probabilities off logits (rows, vocab), at least in float32."""
+    import torch
+
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    at = torch.arange(len(tokens), device=logits.device) if at is None else at
+    tokens, at = tokens.to(logits.device), at.to(logits.device)
+    own = logits[at, tokens]
+    return own - logits.logsumexp(-1)[at], own.detach() >= logits.detach().amax(-1)[at]
+
+
+def _head(model: "PreTrainedModel", states: "torch.Tensor") -> "torch.Tensor":
+    """Run what a model does after its backbone (head, soft cap, scale) on hidden states (rows, hidden).
+
+    The backbone's place is taken by the states for the one call, so that it is the model's own code
+    that runs, whatever its architecture.
+    """
+    import torch
+
+    backbone = model.base_model
+    own = vars(backbone).get("forward")  # accelerate puts its hooks there
+    backbone.forward = lambda *_, **__: _Output(states[None])  # type: ignore[method-assign]
+    try:
+        return model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False).logits[0]
+    finally:
+        if own is None:
+            del backbone.forward
+        else:
+            backbone.forward = own
+
+
+class _Output:
+    """What a backbone gives back, whatever its class: hidden states, and nothing else."""
+
+    def __init__(self, states: "torch.Tensor"):
+        self.last_hidden_state = states
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+    def __getitem__(self, place: int) -> "torch.Tensor":
+        return (self.last_hidden_state,)[place]
+
+
+def _nothing(states: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
+    import torch
+
+    return states.new_zeros(0, dtype=torch.float32), states.new_zeros(0, dtype=torch.bool)
+
+
+_readings: dict[str, Reading] = {}
+
+
+def read_model(model: "PreTrainedModel", length: int = PROBE) -> Reading:
+    """Measure how a model can be read, as deep as `length` tokens; remembered on disk, as a probe takes seconds.
+
+    A probe of random tokens is computed as a tree cut into rows, and as plain sequences. The tree is
+    right where it differs no more than TOLERANCE, or than three times what a plain forward differs
+    from itself when it is padded. Beyond the length where it is not, shorter ones are tried.
+    """
+    name = _identity(model)
+    memo = cache_folder() / "readings" / f"{name}.json"
+    if name not in _readings and memo.exists():
+        _readings[name] = Reading(**json.loads(memo.read_text()))
+    known = _readings.get(name)
+    if known is None or (length > known.probed and known.packed_length == known.probed):
+        _readings[name] = known = _probe(model, max(PROBE, length))
+        content = json.dumps(asdict(known))
+        write_atomically(memo, lambda temporary: temporary.write_text(content))
+    if known.packed_length < min(length, known.probed):
+        log.info(
+            "%s is read in padded batches where sequences have more than %d tokens: prefix trees are not exact there",
+            type(model).__name__,
+            known.packed_length,
+        )
+    return known
+
+
+def _identity(model: "PreTrainedModel") -> str:
+    """Name what a probe's result depends on: architecture, dtype, device, the libraries; not the weights."""
+    import torch
+    import transformers
+
+    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    what = [type(model).__name__, config, model.config._attn_implementation, str(model.dtype), model.device.type]
+    text = json.dumps([*what, torch.__version__, transformers.__version__], sort_keys=True, default=str)
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def _probe(model: "PreTrainedModel", length: int) -> Reading:
+    import torch
+
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = np.random.default_rng(0).integers(0, vocabulary, 2 * length + PROBE)
+    with torch.inference_mode():
+        try:
+            logits = model(input_ids=torch.from_numpy(ids[None, :PROBE]).to(model.device), use_cache=False).logits[0]
+            split = _head(model, _states(model, ids[:PROBE]))
+        except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
+            return Reading(0, length, split_head=False)
+        allowed = TOLERANCE[str(model.dtype).removeprefix("torch.")]
+        if (logits - split).abs().max() > allowed:
+            return Reading(0, length, split_head=False)
+        padded = _states(model, np.concatenate([ids[:PROBE], ids[:7]]))[:PROBE]
+        noise = (_head(model, padded).log_softmax(-1) - split.log_softmax(-1)).abs().max()
+        allowed = max(allowed, 3 * float(noise))
+        fits, window = length, _window(model)
+        while fits and not all(_tree_is_right(model, ids, depth, allowed) for depth in {min(fits, PROBE), fits}):
+            fits = window if window < fits else fits // 2 if fits > PROBE // 2 else 0
+    return Reading(fits, length, split_head=True)
+
+
+def _tree_is_right(model: "PreTrainedModel", ids: np.ndarray, length: int, allowed: float) -> bool:
+    """Compare a sequence in a tree of three levels, cut into rows, with the sequence alone."""
+    branches = [ids[: part * length // 3] for part in (2, 1)]
+    siblings = [np.concatenate([branch, ids[length:]])[: len(branch) + PROBE // 3] for branch in branches]
+    requests: list[Request] = [(ids[:length], 1), *((sibling, 1) for sibling in siblings if len(sibling) <= length)]
+    try:
+        [bin_] = plan_bins(requests, 2 * length + PROBE)
+        own = [requests[place] for place in bin_.sequences]
+        together = score_bin(model, own, max(1, length // 2))
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, IndexError) as error:
+        log.debug("%s cannot read trees: %s", type(model).__name__, error)
+        return False
+    for place, completion in zip(bin_.sequences, together, strict=True):
+        if place and length > PROBE:  # the longest tells of depth, a short probe of branches
+            continue
+        tokens = requests[place][0]
+        alone, _ = _read(model, _states(model, np.asarray(tokens)), np.arange(len(tokens) - 1), np.asarray(tokens[1:]))
+        if not np.abs(alone.float().cpu().numpy() - completion.logps).max() <= allowed:
+            return False
+    return True
+
+
+def _states(model: "PreTrainedModel", ids: np.ndarray) -> "torch.Tensor":
+    """Run one plain sequence through the model up to its head: (tokens, hidden)."""
+    import torch
+
+    inputs = torch.from_numpy(np.asarray(ids, dtype=np.int64))[None].to(model.device)
+    return model.base_model(input_ids=inputs, use_cache=False).last_hidden_state[0]
 
 
 def _window(model: "PreTrainedModel") -> int:
-    """Longest sequence whose attention a full causal mask describes."""
-    config = model.config.get_text_config()
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
-    slides = window and getattr(config, "use_sliding_window", True) and "sliding_attention" in kinds
-    return window if slides else 2**31
-
-
-def _plan_batches(
-    sequences: Sequence[tuple[Sequence[int], int]], places: Sequence[int], token_budget: int
-) -> Iterator[list[int]]:
-    """Batches of like length, the longest first, so that memory runs out at the beginning or never."""
-    order = sorted(places, key=lambda place: (-len(sequences[place][0]), place))
-    while order:
-        size = max(1, token_budget // len(sequences[order[0]][0]))
-        yield order[:size]
-        order = order[size:]
-
-
-def _score_batch(model: "PreTrainedModel", batch: Sequence[tuple[Sequence[int], int]]) -> list[Completion]:
-    """Score sequences side by side, padded on the right."""
-    import torch
-
-    length = max(len(ids) for ids, _ in batch)
-    ids = torch.tensor([[*ids, *[0] * (length - len(ids))] for ids, _ in batch], device=model.device)
-    mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in batch], device=model.device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # (batch, length, vocab)
-    completions = []
-    for row, (tokens, start) in enumerate(batch):
-        predicting = logits[row, start - 1 : len(tokens) - 1]
-        completions += _read(predicting, np.arange(len(tokens) - start), [np.asarray(tokens[start:], dtype=np.int64)])
-    return completions
-
-
-def _common_prefix(left: np.ndarray, right: np.ndarray) -> int:
-    size = min(len(left), len(right))
-    different = left[:size] != right[:size]
-    return int(different.argmax()) if different.any() else size
+    """Where to look first for the length up to which trees are right: the window that the config names."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    return window if isinstance(window, int) and window > 1 else 2**31

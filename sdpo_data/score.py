@@ -1,23 +1,37 @@
-"""Score every pair under one model: the log-probabilities of both answers, reference-free."""
+"""Score every pair under one model: the log-probabilities of both answers, reference-free.
 
+What was scored before, in any run, comes from the score store; the rest is computed by the prefix
+engine in bins, each kept as soon as it is done.
+
+Examples:
+    python -m sdpo_data.score runs/a --model my-org/my-sft                   # scores.parquet
+    accelerate launch -m sdpo_data.score runs/a --dtype bfloat16             # bins spread over the devices
+"""
+
+import hashlib
 import logging
-import time
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import polars as pl
 import pydantic
 
+from sdpo_data import workers
 from sdpo_data.config import Command, Settings, read_command
 from sdpo_data.console import command, print_table, progress, say
 from sdpo_data.difficulty import describe_scores
 from sdpo_data.encode import Truncation, encode_pairs
 from sdpo_data.models import load_model, load_tokenizer, model_key
 from sdpo_data.pairs import PairsConfig, make_pairs
-from sdpo_data.prefix import score_completions
+from sdpo_data.prefix import plan_work, row_tokens, score_bin
+from sdpo_data.store import PLAN, SHARD, ScoreStore
 from sdpo_data.tables import DROPPED, PAIRS, SCORES, SdpoError
+from sdpo_data.throughput import Work
+from sdpo_data.tree import Request, request_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,16 +40,43 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SIDES = ("chosen", "rejected")
+BLOCK = 2**16  # pairs whose tokens are in memory at a time
+RESCORED = 0.01  # share of pairs scored again in float32 where the dtype is coarser, at least RESCORED_LEAST
+RESCORED_LEAST = 8
+
 
 class ScoreConfig(Settings):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the forward pass. In bfloat16 log-probs move with the shape of the batch."""
+    """Of the forward pass. In bfloat16 log-probs move with what is computed beside them: see the noise band."""
     max_length: int = pydantic.Field(1024, ge=2)
     """Longest prompt + answer, tokens."""
     truncation: Truncation = "drop"
     """A pair with a longer side: drop it (counted), or cut that answer's end as TRL does."""
-    token_budget: int = pydantic.Field(2048, ge=1)
-    """Tokens per packed row at most. Changes speed and memory; the numbers only within float noise."""
+    token_budget: int | None = pydantic.Field(None, ge=1)
+    """Tokens per forward pass at most; None for what suits the device. Lower it where memory runs out."""
+    keep_token_logps: bool = False
+    """Keep the log-probability of every completion token too, as two list columns of scores.parquet."""
+    against: str | None = None
+    """Second model, with the same tokenizer, for the difficulty implicit_reward: a folder, hub id or embedded:NAME."""
+    store: str | None = None
+    """Folder of the score store, shared by runs; None for the cache folder."""
+
+
+@dataclass
+class Scorer:
+    """A model ready to score, with what it was asked before and an account of its work."""
+
+    model: "PreTrainedModel"
+    key: str
+    store: ScoreStore
+    token_budget: int | None = None
+    token_logps: bool = False
+    work: Work = field(default_factory=Work)
+
+    @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
 
 
 def score_pairs(pairs: pl.DataFrame, model: "Model", config: ScoreConfig | None = None) -> pl.DataFrame:
@@ -49,9 +90,11 @@ def score_pairs(pairs: pl.DataFrame, model: "Model", config: ScoreConfig | None 
     Returns:
         SCORES frame, in the order of `pairs`; log-probabilities in nats. Pairs that cannot be
         scored (too long, an answer without tokens) are left out and logged with their reasons.
+        With keep_token_logps also chosen_token_logps and rejected_token_logps, lists of nats.
 
     Raises:
-        SdpoError: no pair can be scored, or a log-probability is not finite.
+        SdpoError: no pair can be scored, or a log-probability is not finite; the second model is
+            the first, or has another tokenizer.
 
     Source: log pi(y | x) of DPO (arXiv 2305.18290), summed over completion tokens, EOS included.
     """
@@ -62,45 +105,63 @@ def score_pairs(pairs: pl.DataFrame, model: "Model", config: ScoreConfig | None 
 def score_and_drop(pairs: pl.DataFrame, model: "Model", config: ScoreConfig) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Do what `score_pairs` does, and return what was left out as a DROPPED frame beside it."""
     loaded, tokenizer, key = _loaded(model, config.dtype)
-    encoded = encode_pairs(pairs, tokenizer, config.max_length, config.truncation)
-    usable = encoded.filter(pl.col("problem").is_null())
-    if usable.is_empty():
-        reason = encoded["problem"][0] if encoded.height else "there is none"
-        raise SdpoError(f"None of {encoded.height} pairs can be scored: {reason}. Raise score.max_length?")
-    scores = score_encoded(usable, loaded, config.token_budget).join(
-        pairs.select("pair_id", "source"), on="pair_id", maintain_order="left"
-    )
-    scores = scores.with_columns(model_key=pl.lit(key), dtype=pl.lit(str(loaded.dtype)[6:]))
-    return scores.select(list(SCORES)), _as_dropped(encoded, pairs)
+    scores, dropped = _score(pairs, loaded, tokenizer, key, config)
+    if config.against is not None:
+        scores = _beside(scores, pairs, tokenizer, config)
+    return scores, dropped
 
 
-def score_encoded(encoded: pl.DataFrame, model: "PreTrainedModel", token_budget: int) -> pl.DataFrame:
-    """Score pairs that are token ids already, in their order.
+def rescore_sample(scores: pl.DataFrame, pairs: pl.DataFrame, model: "Model", config: ScoreConfig) -> pl.DataFrame:
+    """Score about 1 % of the pairs again in float32: what a coarser dtype did to their scores.
+
+    Args:
+        scores: SCORES of the pairs in a coarser dtype.
+        model: the same model; a loaded one is widened for the time of the call.
+
+    Returns:
+        SCORES frame of the sample, which depends on the pairs' ids alone.
+    """
+    size = max(RESCORED_LEAST, math.ceil(RESCORED * scores.height))
+    sample = pairs.join(scores.select("pair_id"), on="pair_id").sort("pair_id").head(size)
+    settings = config.model_copy(update={"dtype": "float32", "against": None, "keep_token_logps": False})
+    if isinstance(model, str | Path):
+        return score_pairs(sample, model, settings)
+    loaded, tokenizer, _ = _loaded(model, "float32")
+    dtypes = {name: tensor.dtype for name, tensor in loaded.state_dict().items()}
+    try:
+        return score_pairs(sample, (loaded.float(), tokenizer), settings)
+    finally:
+        for name, tensor in [*loaded.named_parameters(), *loaded.named_buffers()]:
+            tensor.data = tensor.data.to(dtypes.get(name, tensor.dtype))
+
+
+def score_encoded(encoded: pl.DataFrame, pairs: pl.DataFrame, scorer: Scorer) -> pl.DataFrame:
+    """Score pairs that are token ids already, in their order, from the store or by computing them.
 
     Args:
         encoded: ENCODED frame without problems.
-        model: loaded model, in eval mode.
-        token_budget: tokens per packed row.
+        pairs: PAIRS frame that holds them.
 
     Returns:
-        pair_id, chosen_logp and rejected_logp (nats), the three token counts, and truncated.
+        SCORES frame without a second model's columns filled; with the scorer's token_logps also the lists.
 
     Raises:
         SdpoError: a log-probability is not finite.
     """
-    sides = ("chosen", "rejected")
-    sequences = [
-        (prompt + answer, len(prompt))
-        for side in sides
-        for prompt, answer in encoded.select("prompt_ids", f"{side}_ids").iter_rows()
-    ]
-    logps = completion_logps(model, sequences, token_budget)
+    requests = _requests(encoded)
+    keys = [request_key(request) for request in requests]
+    found = complete(dict(zip(keys, requests, strict=True)), scorer)
+    answers = pl.DataFrame({"request": keys}).join(found, on="request", how="left", maintain_order="left")
+    sides = {"chosen": answers.head(encoded.height), "rejected": answers.tail(encoded.height)}
     scored = encoded.select(
         "pair_id",
-        pl.Series("chosen_logp", logps[: encoded.height], pl.Float64),
-        pl.Series("rejected_logp", logps[encoded.height :], pl.Float64),
-        *(pl.col(f"{name}_ids").list.len().cast(pl.Int64).alias(f"{name}_tokens") for name in (*sides, "prompt")),
+        *(sides[side]["logp"].alias(f"{side}_logp") for side in SIDES),
+        *(pl.col(f"{name}_ids").list.len().cast(pl.Int64).alias(f"{name}_tokens") for name in (*SIDES, "prompt")),
+        *(sides[side]["token_logps"].alias(f"{side}_token_logps") for side in SIDES if scorer.token_logps),
         "truncated",
+        model_key=pl.lit(scorer.key),
+        dtype=pl.lit(scorer.dtype),
+        **{name: pl.lit(None, SCORES[name]) for name in SCORES if name.startswith("against")},
     )
     bad = scored.filter(~(pl.col("chosen_logp").is_finite() & pl.col("rejected_logp").is_finite()))
     if bad.height:
@@ -108,46 +169,114 @@ def score_encoded(encoded: pl.DataFrame, model: "PreTrainedModel", token_budget:
             f"{bad.height} of {scored.height} pairs have a non-finite log-probability, e.g. pair_id "
             f"{bad['pair_id'][0]!r}. Score in float32 (score.dtype), or look whether the model's weights are finite."
         )
-    return scored
+    said = pairs.select("pair_id", "prompt_id", "source", "rating_chosen", "rating_rejected")
+    lists = [f"{side}_token_logps" for side in SIDES if scorer.token_logps]
+    return scored.join(said, on="pair_id", how="left", maintain_order="left").select(*SCORES, *lists)
 
 
-def completion_logps(
-    model: "PreTrainedModel", sequences: Sequence[tuple[list[int], int]], token_budget: int
-) -> list[float]:
-    """Sum the log-probabilities of each sequence's tokens from `start` on, with a progress bar.
+def complete(requests: dict[str, Request], scorer: Scorer) -> pl.DataFrame:
+    """Answer requests from the store, and compute and keep what it does not hold.
+
+    The bins of an unfinished run come first, as they were; the rest is planned anew. Of several
+    processes each takes every n-th bin; what they have done they read from the store.
 
     Args:
-        model: loaded causal LM, in eval mode.
-        sequences: (token ids, start), see `prefix.score_completions`.
-        token_budget: tokens per packed row.
+        requests: `tree.request_key` -> request.
 
     Returns:
-        One sum per sequence, nats, in the order given.
+        SHARD rows, one per request.
     """
-    logps = [0.0] * len(sequences)
-    with progress("score", len(sequences), "answers") as advance:
-        for places, completions in score_completions(model, sequences, token_budget):
-            for place, completion in zip(places, completions, strict=True):
-                logps[place] = float(completion.logps.sum(dtype=np.float64))
-            advance(len(places))
-    return logps
+    store, keys = scorer.store, list(requests)
+    known = store.find(keys, token_logps=scorer.token_logps)
+    plan = workers.share(_plan(requests, set(known["request"]), scorer))
+    bins = plan.partition_by("bin", maintain_order=True)
+    missing = plan["request"].to_list()
+    scorer.work.add_plan([requests[key] for key in missing], sum(bin_["tokens"][0] for bin_ in bins), known.height)
+    if workers.is_main() and len(bins) > 1:
+        store.begin(plan)
+    own = bins[workers.rank() :: workers.count()]
+    tokens = sum(bin_["tokens"][0] for bin_ in own)
+    with progress("score", tokens, "tokens") as advance, scorer.work.timed(scorer.model, tokens):
+        for bin_ in own:
+            rows = _compute(bin_, requests, scorer, advance)
+            if rows["logp"].is_finite().all():
+                store.write(rows)
+            else:  # never kept; the caller says which pair it is
+                known = pl.concat([known, rows])
+    workers.wait()
+    if missing:
+        store.refresh()
+        if workers.is_main():
+            store.finish()
+        known = pl.concat([known, store.find(missing, token_logps=scorer.token_logps)])
+    return known.unique("request", maintain_order=True)
+
+
+def _plan(requests: dict[str, Request], known: set[str], scorer: Scorer) -> pl.DataFrame:
+    """PLAN rows, with the bins' tokens, of what is not known: unfinished bins first, then new ones."""
+    missing = {key: request for key, request in requests.items() if key not in known}
+    if not missing:
+        return PLAN.to_frame()
+    size = row_tokens(scorer.model, scorer.token_budget)
+    wanted = pl.col("request").is_in(list(missing)) & (pl.col("row_tokens") == size)
+    begun = scorer.store.unfinished().filter(wanted.all().over("bin"))
+    rest = [key for key in missing if key not in set(begun["request"])]
+    places = plan_work(scorer.model, [missing[key] for key in rest], scorer.token_budget) if rest else []
+    rows = []
+    for bin_ in places:
+        own = [rest[place] for place in bin_.sequences]
+        name = hashlib.sha256(f"{size} {bin_.packed} {' '.join(own)}".encode()).hexdigest()[:32]
+        rows += [(name, place, key, bin_.packed, size, bin_.tokens) for place, key in enumerate(own)]
+    return pl.concat([begun, pl.DataFrame(rows, PLAN, orient="row")])
+
+
+def _compute(bin_: pl.DataFrame, requests: dict[str, Request], scorer: Scorer, advance: Any) -> pl.DataFrame:
+    first = bin_.row(0, named=True)
+    own = [requests[key] for key in bin_["request"]]
+    try:
+        completions = score_bin(scorer.model, own, first["row_tokens"], advance, packed=first["packed"])
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        raise SdpoError(
+            f"Memory ran out in a forward pass of {first['row_tokens']:,} tokens. Set score.token_budget to "
+            f"{first['row_tokens'] // 2:,}, or score.dtype to bfloat16; what was scored before is kept."
+        ) from error
+    return bin_.select(
+        "request",
+        logp=pl.Series([float(completion.logps.sum(dtype=np.float64)) for completion in completions], dtype=pl.Float64),
+        tokens=pl.Series([len(completion.logps) for completion in completions], dtype=pl.Int32),
+        bin="bin",
+        place="place",
+        row_tokens="row_tokens",
+        token_logps=pl.Series(
+            [completion.logps if scorer.token_logps else None for completion in completions], dtype=SHARD["token_logps"]
+        ),
+    )
 
 
 def make_scores(call: Command, pairs: pl.DataFrame, *, asked: bool = False) -> pl.DataFrame:
-    """Make RUN/scores.parquet, unless it is up to date; for --force see `make_pairs`."""
+    """Make RUN/scores.parquet, unless it is up to date; for --force see `make_pairs`.
+
+    Scores in a coarser dtype than float32 get a noise.parquet beside them: about 1 % of the pairs again, in float32.
+    """
     config = call.settings["score"]
     assert isinstance(config, ScoreConfig)
-    recipe = {"model": model_key(call.model), **config.model_dump(exclude={"token_budget"})}
+    recipe = {"model": model_key(call.model), **config.model_dump(exclude={"token_budget", "store", "against"})}
+    recipe["against"] = model_key(config.against) if config.against else None
     force = call.force and (asked or not call.run.is_current("scores", recipe, ["pairs"]))
-    with call.run.stage("scores", recipe, ["pairs"], force=force) as stage:
+    with workers.main_stage(call.run, "scores", recipe, ["pairs"], force=force) as stage:
         if stage.current:
             return call.run.scores
-        started = time.monotonic()
         scores, dropped = score_and_drop(pairs, call.model, config)
-        call.run.replace_dropped("score", dropped)
-        seconds = time.monotonic() - started
-        log.info("scored %d pairs in %.0f s (%.1f pairs/s)", scores.height, seconds, scores.height / seconds)
-        return stage.write("scores", scores)
+        coarse = config.dtype != "float32"
+        noise = rescore_sample(scores, pairs, call.model, config) if coarse else SCORES.to_frame()
+        if workers.is_main():
+            call.run.replace_dropped("score", dropped)
+            if coarse:
+                stage.write("noise", noise)
+            stage.write("scores", scores)
+        return scores
 
 
 def main() -> None:
@@ -155,7 +284,12 @@ def main() -> None:
     sections: dict[str, type[Settings]] = {"score": ScoreConfig, "pairs": PairsConfig}
     call = read_command("python -m sdpo_data.score", __doc__, "score", sections)
     made = call.run.lineage.get("scores")
-    scores = make_scores(call, make_pairs(call), asked=True)
+    if workers.is_main():
+        make_pairs(call)
+    workers.wait()
+    scores = make_scores(call, call.run.pairs, asked=True)
+    if not workers.is_main():
+        return
     call.save()
     if call.run.lineage["scores"] == made:
         say(f"up to date: {call.run.path / 'scores.parquet'}")
@@ -169,6 +303,80 @@ def _loaded(model: "Model", dtype: str) -> "tuple[PreTrainedModel, PreTrainedTok
         return *load_model(model, dtype), model_key(model)
     loaded, tokenizer = model if isinstance(model, tuple) else (model, load_tokenizer(model.config._name_or_path))
     return loaded.eval(), tokenizer, model_key(loaded)
+
+
+def _score(
+    pairs: pl.DataFrame, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", key: str, config: ScoreConfig
+) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Score pairs block by block, those of one prompt together; give SCORES in their order, and DROPPED."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    scorer = Scorer(
+        model, key, ScoreStore(config.store, key, dtype), config.token_budget, config.keep_token_logps, Work()
+    )
+    scores, dropped = [], []
+    for block in pairs.sort("system", "prompt", "pair_id").iter_slices(BLOCK):
+        encoded = encode_pairs(block, tokenizer, config.max_length, config.truncation)
+        usable = encoded.filter(pl.col("problem").is_null())
+        if usable.height:
+            scores.append(score_encoded(usable, block, scorer))
+        dropped.append(_as_dropped(encoded, block))
+    lost = pl.concat([DROPPED.to_frame(), *dropped])
+    if not scores:
+        reason = lost["reason"][0] if lost.height else "there is none"
+        raise SdpoError(f"None of {pairs.height} pairs can be scored: {reason}. Raise score.max_length?")
+    if lost.height:
+        reasons = lost["reason"].value_counts(sort=True).rows()
+        log.info(
+            "not scored: %d of %d pairs (%s)", lost.height, pairs.height, ", ".join(f"{n} {r}" for r, n in reasons)
+        )
+    ordered = pairs.select("pair_id").join(pl.concat(scores), on="pair_id", maintain_order="left")
+    for line in scorer.work.describe(ordered):
+        log.info("%s", line)
+    return ordered, lost
+
+
+def _beside(
+    scores: pl.DataFrame, pairs: pl.DataFrame, tokenizer: "PreTrainedTokenizerBase", config: ScoreConfig
+) -> pl.DataFrame:
+    """Fill in what the second model says of the very same tokens."""
+    assert config.against is not None
+    key = model_key(config.against)
+    if key == scores["model_key"][0]:
+        raise SdpoError(
+            f"score.against {config.against} has the weights of the model that is scored: its implicit reward is 0 for "
+            "every pair by definition. Name another model, such as the one it was tuned from."
+        )
+    model, own = load_model(config.against, config.dtype)
+    if own.get_vocab() != tokenizer.get_vocab():
+        raise SdpoError(
+            f"score.against {config.against} has another tokenizer: its log-probabilities would be of other tokens. "
+            "Name a model of the same family."
+        )
+    settings = config.model_copy(update={"keep_token_logps": False})
+    beside, _ = _score(pairs.join(scores.select("pair_id"), on="pair_id"), model, tokenizer, key, settings)
+    columns = beside.select(
+        "pair_id",
+        against_key="model_key",
+        against_chosen_logp="chosen_logp",
+        against_rejected_logp="rejected_logp",
+    )
+    filled = scores.drop(name for name in SCORES if name.startswith("against"))
+    joined = filled.join(columns, on="pair_id", how="left", maintain_order="left")
+    return joined.select(*SCORES, *(name for name in scores.columns if name not in SCORES))
+
+
+def _requests(encoded: pl.DataFrame) -> list[Request]:
+    """Give the chosen answers' requests, then the rejected ones', as arrays."""
+    prompts = _arrays(encoded["prompt_ids"])
+    return [
+        (np.concatenate([prompt, answer]), len(prompt))
+        for side in SIDES
+        for prompt, answer in zip(prompts, _arrays(encoded[f"{side}_ids"]), strict=True)
+    ]
+
+
+def _arrays(lists: pl.Series) -> Sequence[np.ndarray]:
+    return np.split(lists.explode().to_numpy(), np.cumsum(lists.list.len().to_numpy())[:-1])
 
 
 def _as_dropped(encoded: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:

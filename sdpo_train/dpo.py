@@ -24,7 +24,8 @@ from sdpo_data.console import progress
 from sdpo_data.encode import encode_pairs
 from sdpo_data.models import load_model, model_key, save_model
 from sdpo_data.run import write_atomically
-from sdpo_data.score import ScoreConfig, score_encoded
+from sdpo_data.score import Scorer, score_encoded
+from sdpo_data.store import ScoreStore
 from sdpo_data.tables import LOGP_MARGIN, METRICS, SCORES, SdpoError
 from sdpo_train.steps import StepWork, TrainConfig
 
@@ -207,13 +208,8 @@ def _reference_scores(work: StepWork, encoded: pl.DataFrame, model: "PreTrainedM
         same_model = known["model_key"].eq_missing(work.reference_key).all()
         if same_model and known["dtype"].eq_missing(DTYPE).all():
             return known.select(list(SCORES))
-    scores = score_encoded(encoded, model, ScoreConfig().token_budget)
-    sources = work.pairs.select("pair_id", "source")
-    return (
-        scores.join(sources, on="pair_id", maintain_order="left")
-        .with_columns(model_key=pl.lit(work.reference_key), dtype=pl.lit(DTYPE))
-        .select(list(SCORES))
-    )
+    store = ScoreStore(None, work.reference_key, DTYPE)
+    return score_encoded(encoded, work.pairs, Scorer(model, work.reference_key, store))
 
 
 def _check_same_tokens(work: StepWork, encoded: pl.DataFrame, known: pl.DataFrame) -> None:

@@ -183,7 +183,7 @@ def test_a_table_with_a_column_missing(refused, run):
     scores = pl.read_parquet(run / "scores.parquet")
     scores.drop("chosen_tokens").write_parquet(run / "scores.parquet")
     err = refused(PARTITION, run)
-    assert "scores is missing column 'chosen_tokens'. It has ['pair_id', 'source', 'model_key'" in err
+    assert "scores is missing column 'chosen_tokens'. It has ['pair_id', 'prompt_id', 'source', 'model_key'" in err
 
 
 @pytest.mark.parametrize("table", ["pairs", "scores", "partition"])

@@ -127,9 +127,11 @@ def test_pairs_keep_their_order_and_cuts_are_counted(pairs, tokenizer, caplog):
     answer = pl.max_horizontal(pl.col("chosen_ids").list.len(), pl.col("rejected_ids").list.len())
     longest = whole.select(pl.col("prompt_ids").list.len() + answer).to_series()
     limit = int(longest.median())
-    over = (longest > limit).sum()
     assert encode_pairs(pairs, tokenizer, limit, "cut")["truncated"].to_list() == (longest > limit).to_list()
-    assert f"cut {over} of 8 pairs at {limit} tokens" in caplog.text
+    prompt, chosen, rejected = (whole[f"{name}_ids"].list.len() for name in ("prompt", "chosen", "rejected"))
+    over = [(prompt + answer > limit).sum() for answer in (chosen, rejected)]
+    assert over[0] != over[1]
+    assert f"cut at {limit} tokens: {over[0]} chosen, {over[1]} rejected of 8 pairs" in caplog.text
 
 
 def test_encoding_no_pairs_gives_no_rows(words):

@@ -1,29 +1,38 @@
-"""The prefix engine: trees by hand, and every model gives in a row what it gives alone."""
+"""The prefix engine: every model gives in a tree what it gives alone, and what cannot is found out."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from hypothesis import given
-from hypothesis import strategies as st
 
 from sdpo_data import prefix
-from sdpo_data.prefix import count_tokens, plan_rows, score_completions
+from sdpo_data.prefix import plan_work, read_model, row_tokens, score_bin, score_completions, tree_logps
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}  # fmt: skip
+IDS = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 MODELS = {
     "llama": lambda: transformers.LlamaConfig(**SIZES),
     "qwen2": lambda: transformers.Qwen2Config(**SIZES),
     "qwen3": lambda: transformers.Qwen3Config(**SIZES),
     "gemma2": lambda: transformers.Gemma2Config(**SIZES, sliding_window=16, final_logit_softcapping=5.0),
     "mistral": lambda: transformers.MistralConfig(**SIZES, sliding_window=16),
-    "gpt2": lambda: transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=128),
+    "gpt2": lambda: transformers.GPT2Config(vocab_size=60, n_embd=32, n_layer=2, n_head=4, n_positions=128, **IDS),
     "bloom": lambda: transformers.BloomConfig(vocab_size=60, hidden_size=32, n_layer=2, n_head=4),
+    "mamba": lambda: transformers.MambaConfig(vocab_size=60, hidden_size=32, num_hidden_layers=2, state_size=4, **IDS),
 }
-PACKS = {"llama", "qwen2", "qwen3", "gemma2", "mistral", "gpt2"}
+LENGTHS = {"bloom": 0, "mamba": 0, "gemma2": 16, "mistral": 16}  # up to which trees are right; the others: as probed
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Every test measures its models anew, and leaves no trace of random ones."""
+    monkeypatch.setattr(prefix, "_readings", {})
+    monkeypatch.setattr(prefix, "cache_folder", lambda: tmp_path)
+    return tmp_path
 
 
 def build(name):
@@ -39,87 +48,52 @@ def alone(model, ids, start):
     return expected, all(logits[place - 1].argmax() == ids[place] for place in range(start, len(ids)))
 
 
-def scored(model, sequences, budget):
-    found = [None] * len(sequences)
-    for places, completions in score_completions(model, sequences, budget):
+def scored(model, requests, budget=None):
+    found = [None] * len(requests)
+    for places, completions in score_completions(model, requests, budget):
         for place, completion in zip(places, completions, strict=True):
             assert found[place] is None  # scored once
             found[place] = completion
     return found
 
 
-def test_a_row_by_hand():
-    """Prompt 5 6, answers 7 8 1 and 9 2: depth first, without 1 and 2; 9 sits at depth 2 and sees 5 6 9."""
-    [row] = plan_rows([([5, 6, 7, 8, 1], 2), ([5, 6, 9, 2], 2)], [0, 1], 100)
-    assert row.tokens.tolist() == [5, 6, 7, 8, 9]
-    assert row.depth.tolist() == [0, 1, 2, 3, 2]
-    assert row.end.tolist() == [5, 5, 4, 4, 5]
-    seen = [[j for j in range(i + 1) if i < row.end[j]] for i in range(5)]
-    assert seen == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 4]]
-    assert {place: nodes.tolist() for place, nodes in row.predictors.items()} == {0: [1, 2, 3], 1: [1, 4]}
-    assert {place: ids.tolist() for place, ids in row.targets.items()} == {0: [7, 8, 1], 1: [9, 2]}
-
-
-def test_a_tree_of_three_levels_counts_each_token_once():
-    """1 2 is shared by four, 3 by two of them; the last tokens (0) are in no row: 1 2 6, 3 4, 5, 7 = 7 nodes."""
-    sequences = [([1, 2, 6, 0], 2), ([1, 2, 3, 4, 0], 2), ([1, 2, 3, 5, 0], 3), ([1, 2, 7, 0], 1)]
-    assert count_tokens(sequences) == 7
-    assert sum(len(row.tokens) for row in plan_rows(sequences, range(4), 5)) > 7  # two rows pay for 1 2 twice
-
-
-def test_choices_of_one_token_cost_nothing_but_their_question():
-    """MMLU's A, B, C, D after one context: four requests, and the context's three tokens are all that is read."""
-    assert count_tokens([([7, 8, 9, choice], 3) for choice in (1, 2, 3, 4)]) == 3
-
-
-def test_long_rows_are_only_for_those_who_share():
-    """Two strangers of 400 tokens get a row each; two answers after 400 shared tokens get one."""
-    strangers = [([1] * 401, 200), ([2] * 401, 200)]
-    assert [len(row.tokens) for row in plan_rows(strangers, range(2), 4096)] == [400, 400]
-    siblings = [([1] * 400 + [2] * 101, 400), ([1] * 400 + [3] * 101, 400)]
-    assert [len(row.tokens) for row in plan_rows(siblings, range(2), 4096)] == [600]
-    assert [len(row.tokens) for row in plan_rows(siblings, range(2), 550)] == [500, 500]
-
-
-token = st.integers(0, 3)  # few tokens, so that much is shared
-trees = st.lists(st.lists(token, min_size=2, max_size=12).flatmap(
-    lambda ids: st.tuples(st.just(ids), st.integers(1, len(ids) - 1))), min_size=1, max_size=12)  # fmt: skip
-
-
-@given(trees, st.integers(1, 40), st.randoms(use_true_random=False))
-def test_in_any_plan_every_completion_reads_its_own_ancestors(sequences, budget, random):
-    rows = plan_rows(sequences, range(len(sequences)), budget)
-    assert sorted(place for row in rows for place in row.predictors) == list(range(len(sequences)))
-    for row in rows:
-        assert len(row.tokens) <= budget or len(row.predictors) == 1
-        for place, nodes in row.predictors.items():
-            ids, start = sequences[place]
-            last = nodes[-1]
-            ancestors = [j for j in range(last + 1) if last < row.end[j]]
-            assert row.tokens[ancestors].tolist() == ids[:-1]
-            assert row.depth[ancestors].tolist() == list(range(len(ids) - 1))
-            assert nodes.tolist() == ancestors[start - 1 :]
-            assert row.targets[place].tolist() == ids[start:]
-    shuffled = random.sample(sequences, len(sequences))
-    again = plan_rows(shuffled, range(len(sequences)), budget)
-    assert [row.tokens.tolist() for row in again] == [row.tokens.tolist() for row in rows]
+def some_requests():
+    random = np.random.default_rng(1)
+    stem = random.integers(0, 60, 10).tolist()
+    requests = [(stem + random.integers(0, 60, n).tolist(), 10) for n in (1, 3, 6)]  # within the windows of 16
+    lengths = ((2, 5), (40, 4), (20, 9))  # past them
+    return requests + [(stem[:4] + random.integers(0, 60, n).tolist(), start) for n, start in lengths]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_gives_what_a_plain_forward_gives(name):
     model = build(name)
-    random = np.random.default_rng(1)
-    stem = random.integers(0, 60, 10).tolist()
-    sequences = [(stem + random.integers(0, 60, n).tolist(), 10) for n in (1, 3, 6)]  # within the windows of 16
-    sequences += [
-        (stem[:4] + random.integers(0, 60, n).tolist(), s) for n, s in ((2, 5), (40, 4), (20, 9))
-    ]  # past them
-    for budget in (1, 24, 500):
-        for sequence, completion in zip(sequences, scored(model, sequences, budget), strict=True):
-            logps, greedy = alone(model, *sequence)
-            assert completion.logps == pytest.approx(logps, abs=1e-4)
+    requests = some_requests()
+    for budget in (1, 7, 24, 500):  # rows that cut sequences anywhere, with the cache under them; one row for all
+        for request, completion in zip(requests, scored(model, requests, budget), strict=True):
+            logps, greedy = alone(model, *request)
+            assert completion.logps == pytest.approx(logps, abs=1e-5)
             assert completion.greedy == greedy
-    assert prefix._packs[model] == (name in PACKS)
+    reading = read_model(model, 44)
+    assert reading.packed_length == LENGTHS.get(name, 44)
+
+
+def test_a_window_is_found_without_the_config_naming_it(monkeypatch):
+    """Halving from 44: 22 is past the window of 16, 11 is within."""
+    monkeypatch.setattr(prefix, "_window", lambda _: 2**31)
+    assert read_model(build("mistral"), 44).packed_length == 11
+
+
+def test_a_deeper_request_is_probed_deeper_and_a_known_depth_is_not(own_cache, monkeypatch):
+    model = build("llama")
+    assert read_model(model, 30).probed == 30
+    assert read_model(model, 44).probed == 44
+    monkeypatch.setattr(prefix, "_probe", None)  # from here on a probe would fail
+    assert read_model(model, 20).probed == 44
+    monkeypatch.setattr(prefix, "_readings", {})
+    assert read_model(build("llama"), 40).probed == 44  # remembered on disk, whatever the weights
+    [memo] = (own_cache / "readings").iterdir()
+    assert json.loads(memo.read_text()) == {"packed_length": 44, "probed": 44, "split_head": True}
 
 
 def test_greedy_is_seen():
@@ -129,17 +103,72 @@ def test_greedy_is_seen():
         with torch.no_grad():
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     other = [*ids[:-1], (ids[-1] + 1) % 60]
-    assert [completion.greedy for completion in scored(model, [(ids, 3), (other, 3)], 100)] == [True, False]
+    assert [completion.greedy for completion in scored(model, [(ids, 3), (other, 3)])] == [True, False]
 
 
-def test_the_order_of_the_sequences_does_not_change_a_bit():
+def test_a_bin_gives_the_same_bits_whatever_came_with_it_and_in_which_order():
     model = build("llama")
     random = np.random.default_rng(2)
-    sequences = [(random.integers(0, 3, 12).tolist(), 4) for _ in range(20)]
-    forward = scored(model, sequences, 40)
-    backward = scored(model, sequences[::-1], 40)[::-1]
+    requests = [(random.integers(0, 3, 12).tolist(), 4) for _ in range(20)]
+    forward = scored(model, requests, 8)
+    backward = scored(model, requests[::-1], 8)[::-1]
     for one, other in zip(forward, backward, strict=True):
         assert one.logps.tobytes() == other.logps.tobytes()
+    bin_ = plan_work(model, requests, 8)[-1]
+    again = score_bin(model, [requests[place] for place in bin_.sequences], row_tokens(model, 8))  # by itself
+    assert [c.logps.tobytes() for c in again] == [forward[place].logps.tobytes() for place in bin_.sequences]
+
+
+def test_the_head_never_sees_more_than_its_share(monkeypatch):
+    """Blocks of 3 rows of 60 float32 logits: 720 bytes."""
+    model, seen = build("gemma2"), []
+    requests = [(list(range(12)), 2), ([*range(8), 1, 2, 3], 5)]
+    expected = [completion.logps for completion in scored(model, requests)]
+    monkeypatch.setattr(prefix, "HEAD_BYTES", {"cpu": 720, "cuda": 720})
+    model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape[1]))
+    got = [completion.logps for completion in scored(model, requests)]
+    assert max(seen) == 3
+    assert [part.tolist() for part in got] == [pytest.approx(part.tolist(), abs=1e-6) for part in expected]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "gemma2"])
+def test_gradients_are_those_of_plain_forwards(name, monkeypatch):
+    """In float64: one answer's sum minus twice the other's, in one tree and in two plain forwards."""
+    monkeypatch.setattr(prefix, "HEAD_BYTES", {"cpu": 720, "cuda": 720})
+    model = build(name).double()
+    requests = [([1, 2, 3, 4, 5, 6], 3), ([1, 2, 3, 7, 8], 3)]
+    chosen, rejected = tree_logps(model, requests)
+    (chosen.sum() - 2 * rejected.sum()).backward()
+    tree = {name: weight.grad.clone() for name, weight in model.named_parameters()}
+    model.zero_grad()
+    for (ids, start), factor in zip(requests, (1, -2), strict=True):
+        logps = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        (factor * sum(logps[place - 1, ids[place]] for place in range(start, len(ids)))).backward()
+    tolerance = {"gpt2": 1e-8}.get(name, 1e-6)  # rotary angles are float32 in the others
+    for weight_name, weight in model.named_parameters():
+        assert (weight.grad - tree[weight_name]).abs().max() < tolerance, weight_name
+
+
+def test_bfloat16_is_as_near_in_a_tree_as_alone():
+    model = build("llama").to(torch.bfloat16)
+    requests = some_requests()
+    assert read_model(model, 44).packed_length == 44
+    for request, completion in zip(requests, scored(model, requests, 24), strict=True):
+        assert completion.logps == pytest.approx(alone(model, *request)[0], abs=0.05)
+
+
+def test_a_model_whose_layers_lie_elsewhere_is_read_all_the_same(tmp_path):
+    """accelerate's hooks, as with a device_map: a layer on disk is brought in when it is its turn."""
+    model, requests = build("llama"), some_requests()
+    expected = [completion.logps.tolist() for completion in scored(model, requests, 24)]
+    model.save_pretrained(tmp_path / "saved")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
+              "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+    spread = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "saved", device_map=places, offload_folder=tmp_path / "offload"
+    ).eval()
+    got = [completion.logps.tolist() for completion in scored(spread, requests, 24)]
+    assert got == [pytest.approx(part, abs=1e-6) for part in expected]
 
 
 def test_a_sequence_without_a_completion_is_never_scored_zero():

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import polars as pl
 import pytest
@@ -10,18 +11,27 @@ import torch
 from sdpo_data.encode import encode_pairs
 from sdpo_data.models import load_model, model_key
 from sdpo_data.pairs import read_pairs
-from sdpo_data.score import ScoreConfig, completion_logps, score_and_drop, score_pairs
+from sdpo_data.prefix import score_bin
+from sdpo_data.score import ScoreConfig, rescore_sample, score_and_drop, score_pairs
 from sdpo_data.tables import SCORES, SdpoError, check
 
 
-def test_rows_do_not_change_the_numbers(tiny_model, pairs):
+@pytest.fixture(autouse=True)
+def own_store(tmp_path, monkeypatch):
+    """Every test asks for the first time, unless it asks twice."""
+    monkeypatch.setattr("sdpo_data.store.cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache" / "scores"
+
+
+def test_rows_do_not_change_the_numbers(tiny_model, pairs, tmp_path):
     model, tokenizer = load_model(tiny_model)
     encoded = encode_pairs(pairs, tokenizer, 256, "drop")
-    for side in ("chosen", "rejected"):
-        sequences = [(p + a, len(p)) for p, a in encoded.select("prompt_ids", f"{side}_ids").iter_rows()]
-        for budget in (1, 200, 4096):  # one by one, some together, all in one row
-            for sequence, logp in zip(sequences, completion_logps(model, sequences, budget), strict=True):
-                assert logp == pytest.approx(plain_logp(model, *sequence), abs=1e-4)
+    for budget in (1, 30, 4096):  # cut anywhere, some together, all in one row
+        scores = score_pairs(pairs, tiny_model, ScoreConfig(token_budget=budget, store=str(tmp_path / str(budget))))
+        for side in ("chosen", "rejected"):
+            requests = [(p + a, len(p)) for p, a in encoded.select("prompt_ids", f"{side}_ids").iter_rows()]
+            for request, logp in zip(requests, scores[f"{side}_logp"], strict=True):
+                assert logp == pytest.approx(plain_logp(model, *request), abs=1e-4)
 
 
 def plain_logp(model, ids, start):
@@ -74,6 +84,181 @@ def test_weights_that_are_not_finite_are_refused(tiny_model, pairs):
         model.lm_head.weight[5] = math.nan
     with pytest.raises(SdpoError, match="8 of 8 pairs have a non-finite log-probability"):
         score_pairs(pairs, (model, tokenizer))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Counts the answers that are computed, not read from the store."""
+    answers = []
+
+    def counted(model, requests, *args, **kwargs):
+        answers.extend(requests)
+        return score_bin(model, requests, *args, **kwargs)
+
+    monkeypatch.setattr("sdpo_data.score.score_bin", counted)
+    return answers
+
+
+def test_what_was_scored_is_not_computed_again_and_new_pairs_are(tiny_model, pairs, asked):
+    some = score_pairs(pairs.head(5), tiny_model)
+    assert len(asked) == 10
+    everything = score_pairs(pairs, tiny_model)
+    assert len(asked) == 16  # the three new pairs
+    assert everything.head(5).equals(some)
+    assert score_pairs(pairs[::-1], tiny_model)[::-1].equals(everything)
+    assert len(asked) == 16
+
+
+def test_an_answer_that_several_pairs_share_is_computed_once(tiny_model, pairs, asked):
+    again = pairs.with_columns(pair_id="again-" + pl.col("pair_id"), rejected=pl.lit(pairs["rejected"][0]))
+    score_pairs(pl.concat([pairs, again]), tiny_model)
+    assert len(asked) == 16 + 7  # the chosen ones are known; the first pair's rejected one too
+
+
+def test_settings_that_change_tokens_or_numbers_are_asked_anew_and_others_are_not(tiny_model, pairs, asked, tmp_path):
+    """FIELD.md, TRL fact 5: its cache misses where nothing changed, and hits where something did."""
+    score_pairs(pairs, tiny_model)
+    assert len(asked) == 16
+    score_pairs(pairs, tiny_model, ScoreConfig(dtype="bfloat16"))
+    assert len(asked) == 32  # other numbers
+    lengths = encode_pairs(pairs, load_model(tiny_model)[1], 999, "drop").select(
+        longest=pl.col("prompt_ids").list.len() + pl.max_horizontal(pl.col("chosen_ids", "rejected_ids").list.len())
+    )
+    score_pairs(pairs, tiny_model, ScoreConfig(max_length=lengths["longest"].max() - 1, truncation="cut"))
+    assert len(asked) == 33  # one answer is cut: other tokens; the rest is what it was
+    score_pairs(pairs, tiny_model, ScoreConfig(token_budget=64))
+    assert len(asked) == 33  # only how it is computed
+    model, tokenizer = load_model(tiny_model)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_start|>assistant", "<|im_start|>helper")
+    score_pairs(pairs, (model, tokenizer))
+    assert len(asked) == 49  # other tokens before every answer
+
+
+def test_a_folder_with_other_weights_under_the_old_name_is_another_model(tiny_model, pairs, asked, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny_model, folder)
+    before = score_pairs(pairs, folder)
+    model, tokenizer = load_model(folder)
+    with torch.no_grad():
+        model.model.norm.weight *= 2
+    model.save_pretrained(folder)
+    after = score_pairs(pairs, folder)
+    assert len(asked) == 32
+    assert before["model_key"][0] != after["model_key"][0]
+    assert (before["chosen_logp"] != after["chosen_logp"]).all()
+    assert after.equals(score_pairs(pairs, (model, tokenizer)))
+
+
+def test_a_killed_scoring_goes_on_with_the_very_same_bins(tiny_model, pairs, monkeypatch, tmp_path):
+    """Bins of one row of 8 tokens, killed after the third: the rest is computed, and every bit is as if unbroken."""
+    monkeypatch.setattr("sdpo_data.tree.BIN_ROWS", 1)
+    settings = ScoreConfig(token_budget=8, store=str(tmp_path / "unbroken"))
+    unbroken = score_pairs(pairs, tiny_model, settings)
+    broken, done = settings.model_copy(update={"store": str(tmp_path / "broken")}), []
+
+    def dies(model, requests, *args, **kwargs):
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(len(requests))
+        return score_bin(model, requests, *args, **kwargs)
+
+    monkeypatch.setattr("sdpo_data.score.score_bin", dies)
+    with pytest.raises(KeyboardInterrupt):
+        score_pairs(pairs, tiny_model, broken)
+    rest = []
+    monkeypatch.setattr("sdpo_data.score.score_bin", lambda *a, **k: rest.append(len(a[1])) or score_bin(*a, **k))
+    more = pairs.head(1).with_columns(
+        pair_id=pl.lit("new"), chosen=pairs["rejected"][3:4], rejected=pairs["chosen"][3:4]
+    )
+    assert (
+        score_pairs(pl.concat([pairs, more]), tiny_model, broken).head(8).equals(unbroken)
+    )  # new pairs do not move it
+    assert sum(done) + sum(rest) == 18
+    assert list((tmp_path / "broken").glob("*/plans/*")) == []
+
+
+def test_memory_that_runs_out_is_said_with_the_setting(tiny_model, pairs, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("sdpo_data.score.score_bin", full)
+    with pytest.raises(
+        SdpoError, match=r"forward pass of 512 tokens\. Set score\.token_budget to 256, or score\.dtype"
+    ):
+        score_pairs(pairs, tiny_model)
+
+
+def test_token_log_probabilities_add_up(tiny_model, pairs, asked):
+    plain = score_pairs(pairs, tiny_model)
+    scores = score_pairs(pairs, tiny_model, ScoreConfig(keep_token_logps=True))
+    assert len(asked) == 32  # the store held sums only
+    for side in ("chosen", "rejected"):
+        lists = scores[f"{side}_token_logps"]
+        assert lists.list.len().to_list() == scores[f"{side}_tokens"].to_list()
+        assert (lists.list.sum() - scores[f"{side}_logp"]).abs().max() < 1e-4
+    assert scores.select(plain.columns).equals(plain)
+    assert score_pairs(pairs, tiny_model).equals(plain)  # and the fuller rows serve both
+    assert len(asked) == 32
+
+
+def test_scores_carry_prompt_source_and_ratings(tiny_model, pairs):
+    rated = pairs.with_columns(rating_chosen=pl.lit(4.0), rating_rejected=pl.int_range(pl.len()).cast(pl.Float64))
+    scores = score_pairs(rated, tiny_model)
+    for column in ("prompt_id", "source", "rating_chosen", "rating_rejected"):
+        assert scores[column].to_list() == rated[column].to_list()
+    assert scores["against_key"].null_count() == 8
+
+
+def test_a_second_model_is_asked_about_the_same_tokens(tiny_model, pairs, tmp_path):
+    model, tokenizer = load_model(tiny_model)
+    with torch.no_grad():
+        model.model.norm.weight *= 2
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "other")
+    scores = score_pairs(pairs, tiny_model, ScoreConfig(against=str(tmp_path / "other")))
+    other = score_pairs(pairs, tmp_path / "other")
+    assert scores["against_key"].unique().to_list() == [model_key(tmp_path / "other")]
+    assert scores["against_chosen_logp"].to_list() == other["chosen_logp"].to_list()
+    assert scores["against_rejected_logp"].to_list() == other["rejected_logp"].to_list()
+    assert scores["chosen_logp"].to_list() == score_pairs(pairs, tiny_model)["chosen_logp"].to_list()
+
+
+def test_a_second_model_that_is_the_first_or_speaks_otherwise_is_refused(tiny_model, pairs, tmp_path):
+    with pytest.raises(SdpoError, match=r"score\.against .* its implicit reward is 0 for every pair by definition"):
+        score_pairs(pairs, tiny_model, ScoreConfig(against=str(tiny_model)))
+    model, tokenizer = load_model(tiny_model)
+    with torch.no_grad():
+        model.model.norm.weight *= 2
+    tokenizer.add_tokens(["<other>"])
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "other")
+    with pytest.raises(SdpoError, match=r"score\.against .* has another tokenizer"):
+        score_pairs(pairs, tiny_model, ScoreConfig(against=str(tmp_path / "other")))
+
+
+def test_a_coarse_dtype_is_measured_against_float32(tiny_model, pairs):
+    settings = ScoreConfig(dtype="bfloat16")
+    scores = score_pairs(pairs, tiny_model, settings)
+    again = rescore_sample(scores, pairs, tiny_model, settings)
+    exact = score_pairs(pairs, tiny_model)
+    assert again.sort("pair_id").equals(exact.sort("pair_id"))  # of 8 pairs at least 8
+    gap = (scores["chosen_logp"] - exact["chosen_logp"]).abs()
+    assert 0 < gap.max() < 0.5
+    model, tokenizer = load_model(tiny_model, "bfloat16")
+    key = model_key(model)
+    rescore_sample(scores, pairs, (model, tokenizer), settings)
+    assert model_key(model) == key  # a loaded model is given back as it was
+    assert model.dtype == torch.bfloat16
+
+
+def test_the_command_writes_the_noise_of_a_coarse_dtype(tiny_model, pair_file, tmp_path, run_command):
+    run = tmp_path / "run"
+    args = ("--pairs.source", pair_file, "--model", tiny_model, "--pairs.hold-out", "0")
+    code, out, err = run_command("sdpo_data.score", run, *args, "--dtype", "bfloat16")
+    assert (code, "reward_accuracy" in out) == (0, True), err
+    assert pl.read_parquet(run / "noise.parquet")["dtype"].unique().to_list() == ["float32"]
+    assert "8 pairs: 0 answers from the store, 16 computed" in err
+    assert "of the floor" in err
 
 
 @pytest.mark.real

@@ -9,6 +9,7 @@ answer as for sequences alone (ALiBi, recurrent state, beyond a sliding window),
 batches of like length instead.
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,7 @@ import numpy as np
 import xxhash
 
 from sdpo_data.assets import cache_folder
+from sdpo_data.flex import flex_attention, tree_mask
 from sdpo_data.run import write_atomically
 from sdpo_data.tree import Bin, Request, Row, plan_bins, plan_rows
 
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 ROW_TOKENS = {"cpu": 512, "cuda": 8192}  # of a forward pass: beyond 512, dense masks cost a CPU more than they save
 HEAD_BYTES = {"cpu": 2**26, "cuda": 2**29}  # of the largest (rows, vocabulary) block of float32 logits
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.05, "float16": 0.01}  # nats a token, at the probe
+FLEX = ("cuda",)  # devices on which FlexAttention is tried; dense masks in short rows elsewhere
 PROBE = 24  # tokens of the smallest probe
 
 
@@ -53,6 +56,8 @@ class Reading:
     """Longest sequence that was tried."""
     split_head: bool
     """The head can be run by itself, on some positions only."""
+    flex: bool = False
+    """Trees are right with FlexAttention, and the device is one where it pays."""
 
 
 def score_completions(
@@ -122,7 +127,8 @@ def score_bin(
         counts = np.array([len(ids) - start for ids, start in requests])
         logps = np.zeros(counts.sum(), dtype=np.float32)
         likeliest = np.zeros(counts.sum(), dtype=bool)
-        for places, row_logps, row_likeliest, tokens in (_tree if packed else _batch)(model, requests, row_tokens):
+        reads = _tree(model, requests, row_tokens, flex=read_model(model).flex) if packed else _batch(model, requests)
+        for places, row_logps, row_likeliest, tokens in reads:
             logps[places] = row_logps.cpu().numpy()
             likeliest[places] = row_likeliest.cpu().numpy()
             advance(tokens)
@@ -158,7 +164,7 @@ Read = tuple[np.ndarray, "torch.Tensor", "torch.Tensor", int]
 """Places in the bin's completions, their log-probabilities, whether they are the likeliest, tokens computed."""
 
 
-def _tree(model: "PreTrainedModel", requests: Sequence[Request], row_tokens: int) -> Iterator[Read]:
+def _tree(model: "PreTrainedModel", requests: Sequence[Request], row_tokens: int, *, flex: bool) -> Iterator[Read]:
     from transformers.cache_utils import DynamicCache
 
     rows = plan_rows(requests, row_tokens)
@@ -168,31 +174,40 @@ def _tree(model: "PreTrainedModel", requests: Sequence[Request], row_tokens: int
             _keep(cache, row.kept)
         elif cache is not None:
             cache = DynamicCache()  # nothing of the row before is seen
-        states = _tree_states(model, row, cache)
+        states = _tree_states(model, row, cache, flex=flex)
         if len(row.readers):
             yield row.places, *_read(model, states, row.readers, row.targets), len(row.tokens)
         else:
             yield row.places, *_nothing(states), len(row.tokens)
 
 
-def _tree_states(model: "PreTrainedModel", row: Row, cache: "DynamicCache | None") -> "torch.Tensor":
+def _tree_states(
+    model: "PreTrainedModel", row: Row, cache: "DynamicCache | None", *, flex: bool = False
+) -> "torch.Tensor":
     """Run a row through the model up to its head: (nodes, hidden)."""
     import torch
 
     device = model.device
     columns, end = (torch.from_numpy(part).to(device) for part in (row.columns, row.end))
-    node = columns[len(row.columns) - len(row.tokens) :, None]
-    seen = (columns <= node) & (node < end)  # (nodes, cached + nodes)
-    bias = torch.zeros(seen.shape, dtype=model.dtype, device=device)
-    bias.masked_fill_(~seen, torch.finfo(model.dtype).min)
-    output = model.base_model(
-        input_ids=torch.from_numpy(row.tokens)[None].to(device),
-        position_ids=torch.from_numpy(row.depth)[None].to(device),
-        attention_mask=bias[None, None],
-        past_key_values=cache,
-        use_cache=cache is not None,
-    )
+    with flex_attention(model) if flex else contextlib.nullcontext():
+        output = model.base_model(
+            input_ids=torch.from_numpy(row.tokens)[None].to(device),
+            position_ids=torch.from_numpy(row.depth)[None].to(device),
+            attention_mask=(tree_mask if flex else _dense_mask)(columns, end, len(row.tokens), model.dtype),
+            past_key_values=cache,
+            use_cache=cache is not None,
+        )
     return output.last_hidden_state[0]
+
+
+def _dense_mask(columns: "torch.Tensor", end: "torch.Tensor", nodes: int, dtype: "torch.dtype") -> "torch.Tensor":
+    """Mask what each of the last `nodes` columns does not see: (1, 1, nodes, cached + nodes), to be added."""
+    import torch
+
+    number = columns[len(columns) - nodes :, None]
+    seen = (columns <= number) & (number < end)
+    bias = torch.zeros(seen.shape, dtype=dtype, device=columns.device)
+    return bias.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
 
 
 def _keep(cache: "DynamicCache", kept: np.ndarray) -> None:
@@ -205,7 +220,7 @@ def _keep(cache: "DynamicCache", kept: np.ndarray) -> None:
         layer.keys, layer.values = layer.keys[..., place, :], layer.values[..., place, :]
 
 
-def _batch(model: "PreTrainedModel", requests: Sequence[Request], _: int) -> Iterator[Read]:
+def _batch(model: "PreTrainedModel", requests: Sequence[Request]) -> Iterator[Read]:
     """Compute sequences side by side, padded on the right."""
     import torch
 
@@ -367,13 +382,18 @@ def _probe(model: "PreTrainedModel", length: int) -> Reading:
         padded = _states(model, np.concatenate([ids[:PROBE], ids[:7]]))[:PROBE]
         noise = (_head(model, padded).log_softmax(-1) - split.log_softmax(-1)).abs().max()
         allowed = max(allowed, 3 * float(noise))
-        fits, window = length, _window(model)
-        while fits and not all(_tree_is_right(model, ids, depth, allowed) for depth in {min(fits, PROBE), fits}):
-            fits = window if window < fits else fits // 2 if fits > PROBE // 2 else 0
-    return Reading(fits, length, split_head=True)
+        for flex in (True, False) if model.device.type in FLEX else (False,):
+            fits, window = length, _window(model)
+            while fits and not all(
+                _tree_is_right(model, ids, depth, allowed, flex=flex) for depth in {min(fits, PROBE), fits}
+            ):
+                fits = window if window < fits else fits // 2 if fits > PROBE // 2 else 0
+            if fits:
+                return Reading(fits, length, split_head=True, flex=flex)
+    return Reading(0, length, split_head=True)
 
 
-def _tree_is_right(model: "PreTrainedModel", ids: np.ndarray, length: int, allowed: float) -> bool:
+def _tree_is_right(model: "PreTrainedModel", ids: np.ndarray, length: int, allowed: float, *, flex: bool) -> bool:
     """Compare a sequence in a tree of three levels, cut into rows, with the sequence alone."""
     branches = [ids[: part * length // 3] for part in (2, 1)]
     siblings = [np.concatenate([branch, ids[length:]])[: len(branch) + PROBE // 3] for branch in branches]
@@ -381,16 +401,19 @@ def _tree_is_right(model: "PreTrainedModel", ids: np.ndarray, length: int, allow
     try:
         [bin_] = plan_bins(requests, 2 * length + PROBE)
         own = [requests[place] for place in bin_.sequences]
-        together = score_bin(model, own, max(1, length // 2))
+        together = np.zeros(sum(len(sequence) - 1 for sequence, _ in own), dtype=np.float32)
+        for places, logps, _, _ in _tree(model, own, max(1, length // 2), flex=flex):
+            together[places] = logps.float().cpu().numpy()
     except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, IndexError) as error:
         log.debug("%s cannot read trees: %s", type(model).__name__, error)
         return False
-    for place, completion in zip(bin_.sequences, together, strict=True):
+    ends = np.cumsum([len(sequence) - 1 for sequence, _ in own])[:-1]
+    for place, packed in zip(bin_.sequences, np.split(together, ends), strict=True):
         if place and length > PROBE:  # the longest tells of depth, a short probe of branches
             continue
-        tokens = requests[place][0]
-        alone, _ = _read(model, _states(model, np.asarray(tokens)), np.arange(len(tokens) - 1), np.asarray(tokens[1:]))
-        if not np.abs(alone.float().cpu().numpy() - completion.logps).max() <= allowed:
+        tokens = np.asarray(requests[place][0])
+        alone, _ = _read(model, _states(model, tokens), np.arange(len(tokens) - 1), tokens[1:])
+        if not np.abs(alone.float().cpu().numpy() - packed).max() <= allowed:
             return False
     return True
 

@@ -93,7 +93,23 @@ def test_a_deeper_request_is_probed_deeper_and_a_known_depth_is_not(own_cache, m
     monkeypatch.setattr(prefix, "_readings", {})
     assert read_model(build("llama"), 40).probed == 44  # remembered on disk, whatever the weights
     [memo] = (own_cache / "readings").iterdir()
-    assert json.loads(memo.read_text()) == {"packed_length": 44, "probed": 44, "split_head": True}
+    assert json.loads(memo.read_text()) == {
+        "packed_length": 44, "probed": 44, "split_head": True, "flex": False,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "takes"), [("llama", True), ("qwen3", True), ("gemma2", True), ("gpt2", False)])
+def test_flex_attention_gives_the_same(name, takes, monkeypatch):
+    """Its kernel uncompiled, which any CPU can run. transformers' GPT-2 takes no block mask: the probe sees it."""
+    monkeypatch.setattr(prefix, "FLEX", ("cpu",))
+    monkeypatch.setattr("sdpo_data.flex._compiled", lambda: torch.nn.attention.flex_attention.flex_attention)
+    model, requests = build(name), some_requests()[:3]
+    before = model.config._attn_implementation
+    for budget in (7, 500):
+        for request, completion in zip(requests, scored(model, requests, budget), strict=True):
+            assert completion.logps == pytest.approx(alone(model, *request)[0], abs=1e-5)
+    assert read_model(model).flex == takes
+    assert model.config._attn_implementation == before
 
 
 def test_greedy_is_seen():

@@ -37,6 +37,7 @@ DROPPED = pl.Schema(
 SCORES = pl.Schema(
     {  # one row per pair: what one model thinks of it
         "pair_id": pl.String,
+        "prompt_id": pl.String,  # pairs of one prompt are no independent draws: intervals are clustered by it
         "source": pl.String,
         "model_key": pl.String,  # which weights: see models.model_key
         "chosen_logp": pl.Float64,  # nats, summed over completion tokens, always <= 0
@@ -46,6 +47,11 @@ SCORES = pl.Schema(
         "prompt_tokens": pl.Int64,
         "truncated": pl.Boolean,  # an answer lost tokens to max_length
         "dtype": pl.String,  # of the forward pass
+        "rating_chosen": pl.Float64,  # the judge's, from PAIRS; null where the source has none
+        "rating_rejected": pl.Float64,
+        "against_key": pl.String,  # weights of the second model (score.against); null without one
+        "against_chosen_logp": pl.Float64,  # nats, under the second model, of the very same tokens
+        "against_rejected_logp": pl.Float64,
     }
 )
 PARTITION = pl.Schema(
@@ -120,7 +126,8 @@ RESULTS = pl.Schema(
     }
 )
 NULLABLE = {
-    "system", "rating_chosen", "rating_rejected",  # PAIRS
+    "system", "rating_chosen", "rating_rejected",  # PAIRS, SCORES
+    "against_key", "against_chosen_logp", "against_rejected_logp",  # SCORES
     "row", "pair_id",  # DROPPED
     "correct", "gold_logp", "stderr",  # ITEMS, RESULTS
     "max_start_gap",  # STEPS: an arm whose start is not its reference has none

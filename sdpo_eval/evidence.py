@@ -148,15 +148,14 @@ def measure_references(evidence: Evidence) -> pl.DataFrame:
     judged = pl.concat(
         [base.with_columns(reference=pl.lit("base model")), own.with_columns(reference=pl.lit("own reference"))]
     )
-    return summarise_margins(judged, evidence.pairs, [*UNIT, "reference"])
+    return summarise_margins(judged, [*UNIT, "reference"])
 
 
-def summarise_margins(scores: pl.DataFrame, pairs: pl.DataFrame, by: Sequence[str]) -> pl.DataFrame:
+def summarise_margins(scores: pl.DataFrame, by: Sequence[str]) -> pl.DataFrame:
     """Average margins and reward accuracies per group, with errors that know that pairs share prompts.
 
     Args:
         scores: SCORES and the columns `by`.
-        pairs: PAIRS; a pair that is not in it counts as the only one of its prompt.
 
     Returns:
         The columns `by`, then mean, stderr (nats), accuracy, accuracy_stderr, per_token,
@@ -165,9 +164,9 @@ def summarise_margins(scores: pl.DataFrame, pairs: pl.DataFrame, by: Sequence[st
     Source: clustered standard error of a mean, arXiv 2411.00640. Deviation: times
         sqrt(G / (G - 1)) for G prompts, without which few prompts look surer than they are.
     """
-    values = scores.join(pairs.select("pair_id", "prompt_id"), on="pair_id", how="left", maintain_order="left").select(
+    values = scores.select(
         *by,
-        prompt=pl.coalesce("prompt_id", "pair_id"),
+        prompt="prompt_id",
         mean=LOGP_MARGIN,
         accuracy=100.0 * (LOGP_MARGIN > 0),
         per_token=100.0 * (MARGIN_PER_TOKEN > 0),

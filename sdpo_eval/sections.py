@@ -165,7 +165,7 @@ def _difficulty_rows(evidence: Evidence) -> list[dict[str, Any]]:
     places = {"easiest": 0.0, "25_%": 0.25, "median": 0.5, "75_%": 0.75, "hardest": 1.0}
     shares = {name: pl.col("difficulty").quantile(share, "linear") for name, share in places.items()}
     table = evidence.partition.group_by("step").agg(**shares).sort("step")
-    measured = summarise_margins(scores, evidence.pairs, ["step"]).iter_rows(named=True)
+    measured = summarise_margins(scores, ["step"]).iter_rows(named=True)
     judged = {row["step"]: _judgement(row) for row in measured}
     return [row | judged.get(row["step"], {}) for row in table.iter_rows(named=True)]
 

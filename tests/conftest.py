@@ -85,12 +85,13 @@ def scores() -> pl.DataFrame:
     e -5/1 + 9/4 = -2.75
     reward accuracy prefers chat (2/3) to math (1/2); the mean margin math (-1) to chat (-4/3).
     """
+    given = (None,) * 5  # no ratings, no second model
     rows = [
-        ("a", "math", "key", -10.0, -11.0, 4, 2, 7, False, "float32"),
-        ("b", "math", "key", -12.0, -9.0, 4, 3, 8, False, "float32"),
-        ("c", "chat", "key", -8.0, -9.0, 2, 3, 9, False, "float32"),
-        ("d", "chat", "key", -24.0, -15.0, 12, 5, 10, True, "float32"),
-        ("e", "chat", "key", -5.0, -9.0, 1, 4, 11, False, "float32"),
+        ("a", "q1", "math", "key", -10.0, -11.0, 4, 2, 7, False, "float32", *given),
+        ("b", "q2", "math", "key", -12.0, -9.0, 4, 3, 8, False, "float32", *given),
+        ("c", "q3", "chat", "key", -8.0, -9.0, 2, 3, 9, False, "float32", *given),
+        ("d", "q4", "chat", "key", -24.0, -15.0, 12, 5, 10, True, "float32", *given),
+        ("e", "q5", "chat", "key", -5.0, -9.0, 1, 4, 11, False, "float32", *given),
     ]
     return pl.DataFrame(rows, SCORES, orient="row")
 

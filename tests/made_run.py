@@ -87,7 +87,8 @@ def make_scores(draw: random.Random, pairs: pl.DataFrame) -> pl.DataFrame:
         easy = draw.gauss(0.15, 0.4)
         logps = -chosen * max(0.1, 1.8 - easy / 2), -rejected * max(0.1, 1.8 + easy / 2)
         rows.append(
-            (pair["pair_id"], pair["source"], KEYS["base", 0], *logps, chosen, rejected, prompt, False, "float32")
+            (pair["pair_id"], pair["prompt_id"], pair["source"], KEYS["base", 0], *logps, chosen, rejected, prompt)
+            + (False, "float32", None, None, None, None, None)
         )
     return pl.DataFrame(rows, SCORES, orient="row")
 

@@ -72,7 +72,8 @@ import sys
 for name in {HEAVY}: sys.modules[name] = None
 import {", ".join((*PACKAGES, *WITHOUT_HEAVY))}
 import polars as pl
-scores = pl.DataFrame([("a", "s", "key", -2.0, -3.0, 1, 2, 4, False, "float32")], sdpo_data.tables.SCORES, orient="row")
+row = ("a", "q", "s", "key", -2.0, -3.0, 1, 2, 4, False, "float32", None, None, None, None, None)
+scores = pl.DataFrame([row], sdpo_data.tables.SCORES, orient="row")
 print(sdpo_data.partition_pairs(scores, sdpo_data.PartitionConfig(parts=1))["step"].to_list())
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -322,18 +322,19 @@ def test_margins_by_hand():
     # times G / (G - 1) = 2: sqrt(16) / 3 = 4/3. (Three prompts of their own would give 2 / sqrt(3) = 1.15.)
     # right: a, b: 200/3 %; residues 100/3, 100/3, -200/3; prompts' sums +-200/3; sqrt(2 * 2) * 200/3 / 3 = 400/9.
     # per token: a -4/4 + 7/7 = 0, not above 0; b -5/5 + 6/2 = 2; c -9/9 + 8/2 = 3: right b, c.
-    rows = [("a", -4.0, -7.0, 4, 7), ("b", -5.0, -6.0, 5, 2), ("c", -9.0, -8.0, 9, 2)]
+    rows = [("a", "q1", -4.0, -7.0, 4, 7), ("b", "q1", -5.0, -6.0, 5, 2), ("c", "q2", -9.0, -8.0, 9, 2)]
     scores = pl.DataFrame(
-        [(i, "s", "key", cl, rl, ct, rt, 5, False, "float32") for i, cl, rl, ct, rt in rows], SCORES, orient="row"
+        [(i, q, "s", "key", cl, rl, ct, rt, 5, False, "float32", *[None] * 5) for i, q, cl, rl, ct, rt in rows],
+        SCORES,
+        orient="row",
     ).with_columns(step=1)
-    pairs = pl.DataFrame({"pair_id": ["a", "b", "c"], "prompt_id": ["q1", "q1", "q2"]})
-    got = summarise_margins(scores, pairs, ["step"]).row(0, named=True)
+    got = summarise_margins(scores, ["step"]).row(0, named=True)
     assert (got["mean"], got["stderr"], got["n"]) == (pytest.approx(1), pytest.approx(4 / 3), 3)
     assert (got["accuracy"], got["accuracy_stderr"]) == (pytest.approx(200 / 3), pytest.approx(400 / 9))
     assert got["per_token"] == pytest.approx(200 / 3)
-    unknown = summarise_margins(scores, pairs.clear(), ["step"]).row(0, named=True)  # each pair its own prompt
+    unknown = summarise_margins(scores.with_columns(prompt_id="pair_id"), ["step"]).row(0, named=True)  # each its own prompt
     assert unknown["stderr"] == pytest.approx(2 / math.sqrt(3))
-    one = summarise_margins(scores.head(2), pairs, ["step"]).row(0, named=True)  # one prompt: spread unknown
+    one = summarise_margins(scores.head(2), ["step"]).row(0, named=True)  # one prompt: spread unknown
     assert one["stderr"] is None
 
 

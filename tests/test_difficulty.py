@@ -1,10 +1,9 @@
-import logging
 import math
 
 import polars as pl
 import pytest
 
-from sdpo_data.difficulty import DIFFICULTIES, describe_scores, difficulty_named, length_correlation
+from sdpo_data.difficulty import DIFFICULTIES, describe_scores, difficulty_named, length_correlation, unclear_orders
 from sdpo_data.tables import SdpoError
 
 
@@ -22,7 +21,7 @@ def test_a_tie_of_the_log_probabilities_is_a_wrong_pair(scores):
     assert tied.select(DIFFICULTIES["reward_accuracy"].expression.mean()).item() == 1.0
 
 
-@pytest.mark.parametrize("name", DIFFICULTIES)
+@pytest.mark.parametrize("name", sorted(set(DIFFICULTIES) - {"risk"}))  # |margin|: both ways are risky
 def test_a_likelier_chosen_answer_is_never_harder(name, scores):
     expression = DIFFICULTIES[name].expression
     easier = scores.with_columns(pl.col("chosen_logp") + 2.5).select(expression).to_series()
@@ -46,30 +45,46 @@ def test_an_unknown_difficulty_is_refused_with_all_there_are():
 def test_description_of_the_sources_by_hand(scores):
     # per source: reward accuracy chat 2/3, math 1/2; per token above 0: chat d of c d e, math a of a b;
     # mean margin chat (1 - 9 + 4)/3, math (1 - 3)/2; longer chosen: chat only d (12 > 5), math both.
+    # Every pair has a prompt of its own: SE^2 = G/(G-1) p (1-p) / G, so the effective pairs are G - 1: 2 and 1.
     # Wilson, z = 1.95996, z^2 = 3.84146, (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n):
-    #   chat p 2/3, n 3: (0.66667 + 0.64024 -+ 1.95996 * 0.42518) / 2.28049 = 0.5731 -+ 0.3654
-    #   math p 1/2, n 2: (0.5 + 0.96036 -+ 1.95996 * 0.60423) / 2.92073 = 0.5 -+ 0.4055
+    #   chat p 2/3, n 2: (0.66667 + 0.96036 -+ 1.95996 * 0.59262) / 2.92073 = 0.55706 -+ 0.39768; p 1/3 mirrors it
+    #   math p 1/2, n 1: (0.5 + 1.92073 -+ 1.95996 * 1.10017) / 4.84146 = 0.5 -+ 0.44538
+    # chat's margins 1 -9 4 against its token differences -1 7 -3: opposite orders; math's two pairs are too few
     got = describe_scores(scores)
-    columns = ["source", "pairs", "reward_accuracy", "accuracy_95", "accuracy_per_token", "mean_margin"]
-    assert got.columns == [*columns, "longer_chosen"]
-    assert got.rows() == [
-        ("chat", 3, 2 / 3, "[0.21, 0.94]", 1 / 3, -4 / 3, 1 / 3),
-        ("math", 2, 1 / 2, "[0.09, 0.91]", 1 / 2, -1.0, 1.0),
-    ]
+    chat = ("chat", 3, 3, 2 / 3, 0.15938, 0.95474, 1 / 3, 0.04526, 0.84062, 2.0, -4 / 3, 1 / 3, -1.0)
+    math_ = ("math", 2, 2, 1 / 2, 0.05462, 0.94538, 1 / 2, 0.05462, 0.94538, 1.0, -1.0, 1.0, None)
+    for row, expected in zip(got.rows(), (chat, math_), strict=True):
+        assert row == pytest.approx(expected, abs=1e-5)
+    accuracies = [f"{name}{end}" for name in ("reward_accuracy", "per_token") for end in ("", "_low", "_high")]
+    others = ["effective_pairs", "mean_margin", "longer_chosen", "length_rho"]
+    assert got.columns == ["source", "pairs", "prompts", *accuracies, *others]
 
 
-def test_sources_whose_intervals_overlap_are_said_to_have_no_order(scores, caplog):
-    caplog.set_level(logging.INFO)
-    describe_scores(scores)
-    assert "reward accuracy does not tell chat from math: their 95 % intervals overlap" in caplog.text
+def test_sources_whose_order_may_be_chance_are_named_with_the_p_value(scores):
+    # chat 2/3 at 2 effective pairs, math 1/2 at 1: pooled 11/18, variance 11/18 * 7/18 * (1/2 + 1) = 0.35648,
+    # z = (1/6) / 0.59706 = 0.27915: two-sided 0.780
+    [line] = unclear_orders(describe_scores(scores))
+    told = "reward accuracy does not tell chat (0.667) from math (0.500)"
+    assert line == f"{told}: p = 0.78 (two-sided, clustered by prompt)"
 
 
-def test_sources_whose_intervals_do_not_overlap_go_without_remark(scores, caplog):
-    caplog.set_level(logging.INFO)
-    # 30 right pairs of chat, 30 wrong ones of math: Wilson's [0.886, 1] and [0, 0.114]
+def repeated(row: pl.DataFrame, source: str, pairs: int, prompts: int) -> pl.DataFrame:
+    return pl.concat([row] * pairs).with_columns(
+        source=pl.lit(source),
+        pair_id=pl.format("{}{}", pl.lit(source), pl.int_range(pl.len())),
+        prompt_id=pl.format("{}{}", pl.lit(source), pl.int_range(pl.len()) % prompts),
+    )
+
+
+def test_sources_whose_order_is_clear_go_without_remark_unless_few_prompts_are_behind_it(scores):
+    # all right against all wrong, 4 prompts each: pooled 1/2, variance 1/4 * 2/4 = 1/8, z = sqrt(8): p = 0.005;
+    # of 1 prompt each, the same 12 pairs: variance 1/2, z = sqrt(2): p = 0.157
     right, wrong = scores.filter(pair_id="a"), scores.filter(pair_id="b")
-    describe_scores(pl.concat([right.with_columns(source=pl.lit("chat"))] * 30 + [wrong] * 30))
-    assert caplog.text == ""
+    for prompts, said in ((4, []), (1, ["p = 0.16"])):
+        both = pl.concat([repeated(right, "chat", 12, prompts), repeated(wrong, "math", 12, prompts)])
+        lines = list(unclear_orders(describe_scores(both)))
+        assert len(lines) == len(said)
+        assert all(part in line for part, line in zip(said, lines, strict=True))
 
 
 def test_length_correlation_by_hand(scores):

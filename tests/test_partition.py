@@ -118,7 +118,10 @@ def scored_pairs(draw) -> pl.DataFrame:
     tokens = st.integers(1, 5)
     rows = draw(st.lists(st.tuples(st.sampled_from("xyz"), logps, logps, tokens, tokens), min_size=1, max_size=30))
     frame = pl.DataFrame(
-        [(f"p{i:02}", f"q{i}", s, "key", c, r, ct, rt, 3, False, "float32", *[None] * 5) for i, (s, c, r, ct, rt) in enumerate(rows)],
+        [
+            (f"p{i:02}", f"q{i}", s, "key", c, r, ct, rt, 3, False, "float32", *[None] * 5)
+            for i, (s, c, r, ct, rt) in enumerate(rows)
+        ],
         SCORES,
         orient="row",
     )

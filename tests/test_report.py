@@ -332,7 +332,8 @@ def test_margins_by_hand():
     assert (got["mean"], got["stderr"], got["n"]) == (pytest.approx(1), pytest.approx(4 / 3), 3)
     assert (got["accuracy"], got["accuracy_stderr"]) == (pytest.approx(200 / 3), pytest.approx(400 / 9))
     assert got["per_token"] == pytest.approx(200 / 3)
-    unknown = summarise_margins(scores.with_columns(prompt_id="pair_id"), ["step"]).row(0, named=True)  # each its own prompt
+    own = scores.with_columns(prompt_id="pair_id")  # each pair its own prompt
+    unknown = summarise_margins(own, ["step"]).row(0, named=True)
     assert unknown["stderr"] == pytest.approx(2 / math.sqrt(3))
     one = summarise_margins(scores.head(2), ["step"]).row(0, named=True)  # one prompt: spread unknown
     assert one["stderr"] is None

@@ -201,7 +201,7 @@ def risk() -> pl.Expr:
     takes the others as risky, whichever of the two the model prefers. So a pair that the model
     already has clearly right is as hard here as one that it has clearly wrong.
 
-    Source: BALIGN, which has no arXiv number known to us: from its description, not its text.
+    Source: BALIGN, from a description of it: its text was not at hand.
     """
     return MARGIN_PER_TOKEN.abs()
 
@@ -324,9 +324,8 @@ def describe_definitions(scores: pl.DataFrame, definition: str | None = None) ->
     """
     measured = dict(_measurable(scores, definition))
     values = pl.DataFrame(measured, schema=dict.fromkeys(measured, pl.Float64))
-    rhos = values.with_columns(scores.select(_length=TOKEN_DIFFERENCE).to_series()).select(
-        _spearman(pl.col(name), "_length").alias(name) for name in measured
-    )
+    ranks = values.with_columns(scores.select(_length=TOKEN_DIFFERENCE).to_series()).select(pl.all().rank())
+    rhos = ranks.select(_correlation(pl.corr(name, "_length")).alias(name) for name in measured)
     picked = values
     if values.height > TAU_PAIRS:  # by pair_id: the same sample whatever the order of the rows
         drawn = np.random.default_rng(0).choice(values.height, TAU_PAIRS, replace=False)
@@ -339,8 +338,10 @@ def describe_definitions(scores: pl.DataFrame, definition: str | None = None) ->
             "pairs": [values.height] * len(measured),
         }
     )
-    taus = [pl.Series(name, [_tau(picked[name], picked[other]) for other in measured], pl.Float64) for name in measured]
-    return table.with_columns(*taus, tau_pairs=pl.lit(picked.height))
+    pairs = itertools.combinations_with_replacement(measured, 2)
+    taus = {frozenset(both): _tau(picked[both[0]], picked[both[1]]) for both in pairs}
+    columns = [pl.Series(name, [taus[frozenset((name, other))] for other in measured], pl.Float64) for name in measured]
+    return table.with_columns(*columns, tau_pairs=pl.lit(picked.height))
 
 
 def noise_band(scores: pl.DataFrame, rescored: pl.DataFrame, definition: str) -> tuple[float, int]:
@@ -359,8 +360,11 @@ def noise_band(scores: pl.DataFrame, rescored: pl.DataFrame, definition: str) ->
     again = rescored.join(scores.select("pair_id", "model_key"), on="pair_id", suffix="_before").sort("pair_id")
     other = again.filter(pl.col("model_key") != pl.col("model_key_before"))
     if again.is_empty() or other.height:
-        keys = f"pair_id {other['pair_id'][0]!r} has model_key {other['model_key'][0]!r}" if other.height else "none is"
-        raise SdpoError(f"Re-scored pairs are not of the same scores ({keys} in both). Score again with --force.")
+        why = "no pair of theirs is among the scores"
+        if other.height:
+            why = f"pair_id {other['pair_id'][0]!r} has model_key {other['model_key'][0]!r} instead of "
+            why += repr(other["model_key_before"][0])
+        raise SdpoError(f"Re-scored pairs are not of the same scores ({why}). Score again with --force.")
     before = scores.join(again.select("pair_id"), on="pair_id", how="semi").sort("pair_id")
     difficulty = difficulty_named(definition)
     moved = (difficulty.measure(before) - difficulty.measure(again.select(scores.columns))).abs()
@@ -392,7 +396,7 @@ def print_report(scores: pl.DataFrame, definition: str | None = None) -> None:
     numbered = {name: f"tau {place}" for place, name in enumerate(names, 1)}
     places = pl.Series("definition", [f"{place} {name}" for place, name in enumerate(names, 1)])
     print_table(
-        compared.with_columns(places, pl.col(pl.Float64).round(2)).drop("pairs", "tau_pairs").rename(numbered),
+        compared.with_columns(places, pl.col(pl.Float64).round(2) + 0.0).drop("pairs", "tau_pairs").rename(numbered),
         "definitions: rank correlation with the token difference (length_rho), Kendall's tau",
     )
     if scores.height > TAU_PAIRS:
@@ -413,8 +417,12 @@ def _measurable(scores: pl.DataFrame, extra: str | None) -> Iterator[tuple[str, 
 
 
 def _spearman(first: pl.Expr | str, second: pl.Expr | str) -> pl.Expr:
-    rho = pl.corr(first, second, method="spearman").fill_nan(None)
-    return pl.when(pl.len() > 2).then(rho)
+    return _correlation(pl.corr(first, second, method="spearman"))
+
+
+def _correlation(rho: pl.Expr) -> pl.Expr:
+    """Null instead of NaN where one of the two does not vary, and of two pairs, of which it is always 1 or -1."""
+    return pl.when(pl.len() > 2).then(rho.fill_nan(None))
 
 
 def _tau(first: pl.Series, second: pl.Series) -> float | None:

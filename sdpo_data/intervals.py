@@ -26,18 +26,13 @@ def clustered_means(values: pl.DataFrame, by: Sequence[str], cluster: str = "pro
         sqrt(G / (G - 1)) for G clusters, without which few clusters look surer than they are.
     """
     names = [name for name in values.columns if name not in (*by, cluster)]
-    means = values.group_by(by, maintain_order=True).agg(pl.col(names).mean(), n=pl.len())
-    residues = (
-        values.with_columns(pl.col(names) - pl.col(names).mean().over(by))
-        .group_by(*by, cluster, maintain_order=True)
-        .agg(pl.col(names).sum())
-    )
+    sums = values.group_by(*by, cluster, maintain_order=True).agg(pl.col(names).cast(pl.Float64).sum(), n=pl.len())
+    means = pl.col(names).sum() / pl.col("n").sum()
+    residues = pl.col(names) - means * pl.col("n")
     correction = pl.when(pl.len() > 1).then(pl.len() / (pl.len() - 1))
-    squares = residues.group_by(by, maintain_order=True).agg(
-        (pl.col(names).pow(2).sum() * correction).sqrt().name.suffix("_stderr"), clusters=pl.len()
-    )
-    table = means.join(squares, on=by, maintain_order="left")
-    return table.with_columns(pl.col(f"{name}_stderr") / pl.col("n") for name in names).sort(by)
+    stderrs = (residues.pow(2).sum() * correction).sqrt() / pl.col("n").sum()
+    table = sums.group_by(by).agg(means, stderrs.name.suffix("_stderr"), pl.col("n").sum(), clusters=pl.len())
+    return table.sort(by)
 
 
 def effective_size(share: str) -> pl.Expr:

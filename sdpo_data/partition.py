@@ -195,7 +195,11 @@ def _edges(partition: pl.DataFrame) -> list[tuple[float, int, int]]:
 
 
 def _print_noise(partition: pl.DataFrame, scores: pl.DataFrame, rescored: pl.DataFrame, difficulty: Difficulty) -> None:
-    band, n = noise_band(scores, rescored, difficulty.name)
+    try:
+        band, n = noise_band(scores, rescored, difficulty.name)
+    except SdpoError as error:  # the partition is made and stands
+        say(f"noise band unknown: {error}")
+        return
     print_table(describe_edges(partition, band), "edges between steps, and the pairs within the noise band of each")
     k = count_edge_pairs(partition, band)
     say(

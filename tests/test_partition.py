@@ -296,5 +296,8 @@ def test_the_command_shows_the_edges_where_there_is_a_noise_table(command, score
         out = capsys.readouterr().out
         assert f"{said} pairs could be on the other side of an edge" in out
         assert "1 | 2" in out
+    scores.with_columns(model_key=pl.lit("old")).write_parquet(folder / "noise.parquet")
+    run("--force", "--seed", "3")
+    assert "noise band unknown: Re-scored pairs are not of the same scores (pair_id 'a'" in capsys.readouterr().out
     run("--force", "--by", "source")
     assert "noise" not in capsys.readouterr().out  # of single pairs: it says nothing of a source's mean

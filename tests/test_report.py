@@ -317,6 +317,14 @@ def run_main(capsys, *args) -> str:
 # --- numbers by hand ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("definition", "known"), [("-prompt_tokens * 1.0", True), ("a | b", False), ("mine", False)])
+def test_a_partition_by_an_expression_is_set_against_lengths_and_an_unknown_one_is_not(own_run, definition, known):
+    table = pl.read_parquet(own_run / "partition.parquet").with_columns(definition=pl.lit(definition))
+    table.write_parquet(own_run / "partition.parquet")
+    said = "Rank correlation (Spearman) of -prompt_tokens" in Report(own_run).markdown().replace("\\", "")
+    assert said == known
+
+
 def test_margins_by_hand():
     # margins 3, 1, -1: mean 1, residues 2, 0, -2. a and b share a prompt: prompts' sums 2 and -2, squares 8,
     # times G / (G - 1) = 2: sqrt(16) / 3 = 4/3. (Three prompts of their own would give 2 / sqrt(3) = 1.15.)

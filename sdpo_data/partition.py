@@ -7,6 +7,7 @@ Examples:
     python -m sdpo_data.partition runs/a --by source --difficulty reward_accuracy    # the paper's way
 """
 
+import itertools
 import logging
 from typing import Literal
 
@@ -17,7 +18,7 @@ import pydantic
 from sdpo_data import workers
 from sdpo_data.config import Command, Settings, read_command
 from sdpo_data.console import command, print_table, say
-from sdpo_data.difficulty import Difficulty, describe_scores, difficulty_named, length_correlation
+from sdpo_data.difficulty import Difficulty, difficulty_named, length_correlation, noise_band, print_report
 from sdpo_data.pairs import PairsConfig, make_pairs
 from sdpo_data.score import ScoreConfig, make_scores
 from sdpo_data.tables import LOGP_MARGIN, PARTITION, REWARD_ACCURACY, SCORES, SdpoError, check
@@ -31,7 +32,9 @@ class PartitionConfig(Settings):
     by: Literal["pair", "source"] = "pair"
     """What stays whole: single pairs are ranked, or whole sources (the paper's way)."""
     difficulty: str = "margin_per_token"
-    """Named difficulty: margin_per_token, logp_margin, reward_accuracy (by source only)."""
+    """margin_per_token, logp_margin, reward_accuracy (by source only), implicit_reward (needs score.against),
+    rating_gap, chosen_perplexity, risk; or SQL over SCORES, such as "abs(chosen_logp - rejected_logp) / prompt_tokens".
+    """
     within: Literal["shuffle", "difficulty"] = "shuffle"
     """Order inside a step: a seeded shuffle, or easiest first."""
     seed: int = 0
@@ -53,22 +56,23 @@ def partition_pairs(scores: pl.DataFrame, config: PartitionConfig | None = None)
 
     Raises:
         SdpoError: fewer units than parts, an unknown difficulty, or one that cannot rank single
-            pairs; repeated pairs or non-finite log-probabilities.
+            pairs or has no value for some; repeated pairs or non-finite log-probabilities.
 
     Source: arXiv 2403.19270, section 3.1 (by source, reward accuracy). Deviation: the paper does
         not split sources; by="pair" does.
     """
     config = config or PartitionConfig()
-    scores = check(scores, SCORES, "scores")
+    scores = check(scores, SCORES, "scores").sort("pair_id")  # an expression may look at neighbouring rows
     difficulty = _difficulty(config)
-    bad = scores.filter(~(LOGP_MARGIN.is_finite() & difficulty.expression.is_finite()))
+    bad = scores.filter(~(LOGP_MARGIN.is_finite() & (pl.min_horizontal("chosen_tokens", "rejected_tokens") > 0)))
     if bad.height:
         raise SdpoError(
             f"{bad.height} of {scores.height} pairs have a non-finite log-probability or an answer of 0 tokens, e.g. "
             f"pair_id {bad['pair_id'][0]!r}. Score again in float32, or drop them."
         )
     unit = {"pair": "pair_id", "source": "source"}[config.by]
-    units = scores.sort("pair_id").group_by(unit).agg(difficulty=difficulty.expression.mean()).sort("difficulty", unit)
+    measured = scores.select(unit, difficulty.measure(scores).alias("difficulty"))
+    units = measured.group_by(unit).agg(pl.col("difficulty").mean()).sort("difficulty", unit)
     if units.height < config.parts:
         remedy = ", or set partition.by to 'pair'" if config.by == "source" else ""
         raise SdpoError(
@@ -99,6 +103,35 @@ def describe_parts(partition: pl.DataFrame, scores: pl.DataFrame) -> pl.DataFram
     )
 
 
+def describe_edges(partition: pl.DataFrame, band: float) -> pl.DataFrame:
+    """Count the pairs so near to an edge between two steps that noise could put them on its other side.
+
+    Args:
+        partition: PARTITION frame, by single pairs.
+        band: how far noise moves a difficulty, in its unit: see `noise_band`.
+
+    Returns:
+        A row per edge: edge, difficulty (halfway between the last pair before it and the first
+        after it); easier_pairs and harder_pairs within the band on either side, each with its
+        share of all pairs. A tie that the edge cuts counts whatever the band.
+    """
+    rows = []
+    for edge, before, after in _edges(partition):
+        near = (pl.col("difficulty") - edge).abs() <= band
+        sides = [partition.filter(near & side).height for side in (pl.col("step") <= before, pl.col("step") >= after)]
+        rows.append((f"{before} | {after}", edge, *(x for n in sides for x in (n, n / partition.height))))
+    columns = {"edge": pl.String, "difficulty": pl.Float64}
+    for side in ("easier", "harder"):
+        columns |= {f"{side}_pairs": pl.Int64, f"{side}_share": pl.Float64}
+    return pl.DataFrame(rows, columns, orient="row")
+
+
+def count_edge_pairs(partition: pl.DataFrame, band: float) -> int:
+    """Count the pairs within the band of any edge, each once: see `describe_edges`."""
+    near = [(pl.col("difficulty") - edge).abs() <= band for edge, *_ in _edges(partition)]
+    return partition.filter(pl.any_horizontal(near)).height if near else 0
+
+
 def make_partition(call: Command, scores: pl.DataFrame) -> pl.DataFrame:
     """Make RUN/partition.parquet, unless it is up to date."""
     config = call.settings["partition"]
@@ -115,12 +148,14 @@ def main() -> None:
     call = read_command("python -m sdpo_data.partition", __doc__, "partition", sections)
     config = call.settings["partition"]
     assert isinstance(config, PartitionConfig)
-    _difficulty(config)  # refuse a misspelt one before the hour of scoring, not after it
+    difficulty = _difficulty(config)  # refuse what cannot work before the hour of scoring, not after it
     made = call.run.lineage.get("partition")
     if workers.is_main():
         make_pairs(call)
     workers.wait()
-    scores = make_scores(call, call.run.pairs)
+    pairs = call.run.pairs
+    _check_ahead(difficulty, pairs, call)
+    scores = make_scores(call, pairs)
     if not workers.is_main():
         return
     partition = make_partition(call, scores)
@@ -128,11 +163,12 @@ def main() -> None:
     if call.run.lineage["partition"] == made:
         say(f"up to date: {call.run.path / 'partition.parquet'}")
         return
-    print_table(describe_scores(scores), "reference model on each source (margins in nats)")
+    print_report(scores, config.difficulty)
     print_table(describe_parts(partition, scores), f"{call.run.path / 'partition.parquet'}")
-    definition = partition["definition"][0]
-    rho, n = length_correlation(scores, definition)
-    say(f"{definition} against the token difference chosen - rejected: rank correlation {rho:+.2f} (n = {n:,})")
+    rho, n = length_correlation(scores, config.difficulty)
+    say(f"{config.difficulty} against the token difference chosen - rejected: rank correlation {rho:+.2f} (n = {n:,})")
+    if config.by == "pair" and (call.run.path / "noise.parquet").exists():
+        _print_noise(partition, scores, check(call.run.read("noise"), SCORES, "noise.parquet"), difficulty)
 
 
 def _difficulty(config: PartitionConfig) -> Difficulty:
@@ -143,6 +179,39 @@ def _difficulty(config: PartitionConfig) -> Difficulty:
             "Set partition.by to 'source', or partition.difficulty to 'margin_per_token'."
         )
     return difficulty
+
+
+def _check_ahead(difficulty: Difficulty, pairs: pl.DataFrame, call: Command) -> None:
+    """Refuse what the scores of these pairs will not allow, as far as it can be known before they are made."""
+    against = getattr(call.settings["score"], "against", None)
+    if any(column.startswith("against_") for column in difficulty.columns) and against in (None, call.model):
+        raise SdpoError(
+            f"partition.difficulty {difficulty.name!r} needs the log-probabilities of a second model, but "
+            f"score.against is {against!r}. Name a model other than {call.model!r} there."
+        )
+    if difficulty.columns <= set(pairs.columns):
+        difficulty.measure(pairs)
+
+
+def _edges(partition: pl.DataFrame) -> list[tuple[float, int, int]]:
+    """Difficulty halfway between neighbouring steps, and the two steps."""
+    ends = partition.group_by("step").agg(low=pl.col("difficulty").min(), high=pl.col("difficulty").max()).sort("step")
+    rows = ends.rows()
+    return [((high + low) / 2, before, after) for (before, _, high), (after, low, _) in itertools.pairwise(rows)]
+
+
+def _print_noise(partition: pl.DataFrame, scores: pl.DataFrame, rescored: pl.DataFrame, difficulty: Difficulty) -> None:
+    try:
+        band, n = noise_band(scores, rescored, difficulty.name)
+    except SdpoError as error:  # the partition is made and stands
+        say(f"noise band unknown: {error}")
+        return
+    print_table(describe_edges(partition, band), "edges between steps, and the pairs within the noise band of each")
+    k = count_edge_pairs(partition, band)
+    say(
+        f"noise band {band:.2g} {difficulty.unit} (95 % of {n:,} re-scored pairs): {k:,} of {partition.height:,} pairs "
+        "could be on the other side of an edge"
+    )
 
 
 def _ranked(placed: pl.DataFrame, config: PartitionConfig) -> pl.DataFrame:

@@ -22,8 +22,8 @@ import pydantic
 
 from sdpo_data import workers
 from sdpo_data.config import Command, Settings, read_command
-from sdpo_data.console import command, print_table, progress, say
-from sdpo_data.difficulty import describe_scores
+from sdpo_data.console import command, progress, say
+from sdpo_data.difficulty import print_report
 from sdpo_data.encode import Truncation, encode_pairs
 from sdpo_data.models import load_model, load_tokenizer, model_key
 from sdpo_data.pairs import PairsConfig, make_pairs
@@ -275,6 +275,8 @@ def make_scores(call: Command, pairs: pl.DataFrame, *, asked: bool = False) -> p
             call.run.replace_dropped("score", dropped)
             if coarse:
                 stage.write("noise", noise)
+            else:
+                (call.run.path / "noise.parquet").unlink(missing_ok=True)  # of a dtype before
             stage.write("scores", scores)
         return scores
 
@@ -294,7 +296,7 @@ def main() -> None:
     if call.run.lineage["scores"] == made:
         say(f"up to date: {call.run.path / 'scores.parquet'}")
         return
-    print_table(describe_scores(scores), f"{call.run.path / 'scores.parquet'}")
+    print_report(scores)
 
 
 def _loaded(model: "Model", dtype: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, str]":

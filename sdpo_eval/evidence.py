@@ -9,6 +9,7 @@ from typing import Any
 import polars as pl
 import ruamel.yaml
 
+from sdpo_data.intervals import clustered_means
 from sdpo_data.run import Run
 from sdpo_data.tables import (
     DROPPED,
@@ -161,28 +162,16 @@ def summarise_margins(scores: pl.DataFrame, by: Sequence[str]) -> pl.DataFrame:
         The columns `by`, then mean, stderr (nats), accuracy, accuracy_stderr, per_token,
         per_token_stderr (percent of pairs whose summed or per-token margin is positive), n.
 
-    Source: clustered standard error of a mean, arXiv 2411.00640. Deviation: times
-        sqrt(G / (G - 1)) for G prompts, without which few prompts look surer than they are.
+    Source: see `clustered_means`.
     """
     values = scores.select(
         *by,
-        prompt="prompt_id",
+        "prompt_id",
         mean=LOGP_MARGIN,
         accuracy=100.0 * (LOGP_MARGIN > 0),
         per_token=100.0 * (MARGIN_PER_TOKEN > 0),
     )
-    names = ["mean", "accuracy", "per_token"]
-    means = values.group_by(by, maintain_order=True).agg(pl.col(names).mean(), n=pl.len())
-    residues = (
-        values.with_columns(pl.col(names) - pl.col(names).mean().over(by))
-        .group_by(*by, "prompt", maintain_order=True)
-        .agg(pl.col(names).sum())
-    )
-    groups = pl.when(pl.len() > 1).then(pl.len() / (pl.len() - 1))
-    squares = residues.group_by(by, maintain_order=True).agg((pl.col(names).pow(2).sum() * groups).sqrt())
-    errors = squares.rename({"mean": "stderr", "accuracy": "accuracy_stderr", "per_token": "per_token_stderr"})
-    table = means.join(errors, on=by, maintain_order="left")
-    return table.with_columns(pl.col("stderr", "accuracy_stderr", "per_token_stderr") / pl.col("n")).sort(by)
+    return clustered_means(values, by).drop("clusters").rename({"mean_stderr": "stderr"})
 
 
 def edge_pairs(evidence: Evidence) -> pl.DataFrame:

@@ -7,8 +7,8 @@ from typing import Any
 
 import polars as pl
 
-from sdpo_data.difficulty import DIFFICULTIES, length_correlation
-from sdpo_data.tables import TOKEN_DIFFERENCE
+from sdpo_data.difficulty import Difficulty, difficulty_named, length_correlation
+from sdpo_data.tables import TOKEN_DIFFERENCE, SdpoError
 from sdpo_eval import plots
 from sdpo_eval.blocks import Block, Drawing, Estimate, Listing, Prose, Quotes, Section, Table, write_number
 from sdpo_eval.evidence import UNIT, Evidence, edge_pairs, measure_references, summarise_margins
@@ -131,7 +131,7 @@ def _parts(evidence: Evidence) -> Iterator[Block]:
         yield name_command(evidence, "The pairs have not been cut into parts yet", "sdpo_data.partition")
         return
     definition = partition["definition"][0]
-    known = DIFFICULTIES.get(definition)
+    known = _definition(definition)
     yield Table("sizes", "Sizes; tokens are sums over the part", _size_rows(partition, scores))
     unit = f" [{known.unit}]" if known else ""
     title = f"Difficulty: {definition}{unit}, higher is harder; and what the base model thinks"
@@ -148,6 +148,13 @@ def _parts(evidence: Evidence) -> Iterator[Block]:
     if evidence.pairs.height:
         for (step,), part in edge_pairs(evidence).group_by("step", maintain_order=True):
             yield Quotes(f"Step {step}: its easiest, median and hardest pair", part.to_dicts())
+
+
+def _definition(name: str) -> Difficulty | None:
+    try:
+        return difficulty_named(name)
+    except SdpoError:  # a partition from elsewhere may be ranked by what only its maker knows
+        return None
 
 
 def _size_rows(partition: pl.DataFrame, scores: pl.DataFrame) -> list[dict[str, Any]]:

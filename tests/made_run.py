@@ -86,25 +86,8 @@ def make_scores(draw: random.Random, pairs: pl.DataFrame) -> pl.DataFrame:
         prompt, chosen, rejected = (len(pair[name].split()) + 3 for name in ("prompt", "chosen", "rejected"))
         easy = draw.gauss(0.15, 0.4)
         logps = -chosen * max(0.1, 1.8 - easy / 2), -rejected * max(0.1, 1.8 + easy / 2)
-        rows.append(
-            (
-                pair["pair_id"],
-                pair["prompt_id"],
-                pair["source"],
-                KEYS["base", 0],
-                *logps,
-                chosen,
-                rejected,
-                prompt,
-                False,
-                "float32",
-                None,
-                None,
-                None,
-                None,
-                None,
-            )
-        )
+        ids = pair["pair_id"], pair["prompt_id"], pair["source"], KEYS["base", 0]
+        rows.append((*ids, *logps, chosen, rejected, prompt, False, "float32", *[None] * 5))
     return pl.DataFrame(rows, SCORES, orient="row")
 
 

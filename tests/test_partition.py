@@ -5,7 +5,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
-from sdpo_data.partition import PartitionConfig, describe_parts, partition_pairs
+from sdpo_data.config import read_command
+from sdpo_data.difficulty import DIFFICULTIES
+from sdpo_data.partition import (
+    PartitionConfig,
+    count_edge_pairs,
+    describe_edges,
+    describe_parts,
+    main,
+    partition_pairs,
+)
 from sdpo_data.tables import PARTITION, SCORES, SdpoError, check
 
 
@@ -170,3 +179,125 @@ def test_steps_do_not_depend_on_the_order_inside_them(scores):
     ]
     assert steps[0].equals(steps[1])
     assert steps[0].equals(steps[2])
+
+
+def test_pairs_by_an_expression_by_hand(scores):
+    # |margin| per prompt token a 1/7, b 3/8, c 1/9, d 9/10, e 4/11: c a | e b d by floor(2 r / 5) is c a e | b d
+    text = "abs(chosen_logp - rejected_logp) / prompt_tokens"
+    assert ordered(scores, difficulty=text) == [("c", 1), ("a", 1), ("e", 1), ("b", 2), ("d", 2)]
+    assert partition_pairs(scores, PartitionConfig(difficulty=text))["definition"].unique().to_list() == [text]
+
+
+def test_sources_by_an_expression_are_ranked_by_its_mean_over_all_pairs(scores):
+    # tokens above the mean of all chosen tokens, 23/5: math (4 + 4)/2 - 4.6 = -0.6, chat (2 + 12 + 1)/3 - 4.6 = 0.4
+    # (above the mean of their own source both would be 0)
+    got = partition_pairs(scores, PartitionConfig(by="source", difficulty="chosen_tokens - avg(chosen_tokens)"))
+    by_source = dict(got.select("source", "difficulty").unique().rows())
+    assert by_source == pytest.approx({"math": -0.6, "chat": 0.4})
+
+
+@pytest.mark.parametrize("text", ["chosen_logp - FIRST(chosen_logp)", "row_number() OVER (ORDER BY truncated)"])
+def test_an_expression_that_looks_at_other_rows_does_not_see_their_order(scores, text):
+    got = [partition_pairs(rows, PartitionConfig(difficulty=text)) for rows in (scores, scores.reverse())]
+    assert_frame_equal(*got)
+
+
+@pytest.mark.parametrize("name", DIFFICULTIES)
+def test_the_help_of_the_setting_names_every_definition(name):
+    assert name in str(PartitionConfig.model_fields["difficulty"].description)
+
+
+@pytest.mark.parametrize("written", [["--difficulty", "ln(prompt_tokens)"], ["--difficulty=-abs(chosen_logp)"]])
+def test_an_expression_comes_through_the_command_line_as_it_is(written, tmp_path):
+    call = read_command("partition", "", "partition", {"partition": PartitionConfig}, [str(tmp_path), *written])
+    assert call.settings["partition"].difficulty == written[-1].removeprefix("--difficulty=")
+
+
+def test_edges_against_the_noise_band_by_hand(scores):
+    # margin_per_token in 3 steps: a -3, d -1 | b 0, c 1 | e 2.75; edges (-1 + 0)/2 and (1 + 2.75)/2
+    # band 0.9: |d + .5| .5, |b + .5| .5 are within, a 2.5 and c 1.5 not; c .875 and e .875 are within, b 1.875 not
+    partition = partition_pairs(scores, PartitionConfig(parts=3))
+    assert describe_edges(partition, 0.9).rows() == [("1 | 2", -0.5, 1, 0.2, 1, 0.2), ("2 | 3", 1.875, 1, 0.2, 1, 0.2)]
+    assert count_edge_pairs(partition, 0.9) == 4
+    # band 1.875: c is 1.5 and b 1.875 from either edge: counted once
+    assert describe_edges(partition, 1.875)["harder_pairs"].to_list() == [2, 1]
+    assert describe_edges(partition, 1.875)["easier_pairs"].to_list() == [1, 2]
+    assert count_edge_pairs(partition, 1.875) == 4
+    assert count_edge_pairs(partition, 0.0) == 0
+
+
+def test_a_tie_that_an_edge_cuts_counts_without_any_noise(scores):
+    tied = scores.with_columns(chosen_logp=pl.lit(-8.0), rejected_logp=pl.lit(-7.0))
+    assert count_edge_pairs(partition_pairs(tied, PartitionConfig(difficulty="logp_margin")), 0.0) == 5
+
+
+def test_one_part_has_no_edge(scores):
+    partition = partition_pairs(scores, PartitionConfig(parts=1))
+    assert describe_edges(partition, 9.0).is_empty()
+    assert count_edge_pairs(partition, 9.0) == 0
+
+
+@given(scored_pairs(), st.integers(1, 4), st.floats(0, 5), st.floats(0, 5))
+def test_more_noise_never_frees_a_pair_and_no_pair_counts_twice(frame, parts, one, other):
+    partition = partition_pairs(frame, PartitionConfig(parts=min(parts, frame.height)))
+    low, high = (count_edge_pairs(partition, band) for band in sorted((one, other)))
+    assert low <= high <= frame.height
+
+
+@pytest.fixture
+def command(scores, pairs, tmp_path, monkeypatch):
+    """Run main on the hand-made scores; the second value it gives counts how often scores were asked for."""
+    asked = []
+
+    def make_scores(call, given):
+        asked.append(given)
+        with call.run.stage("scores", {}) as stage:
+            return stage.write("scores", scores)
+
+    monkeypatch.setattr("sdpo_data.partition.make_pairs", lambda call: pairs)
+    monkeypatch.setattr("sdpo_data.partition.make_scores", make_scores)
+
+    def run(*flags):
+        monkeypatch.setattr("sys.argv", ["partition", str(tmp_path / "run"), *flags])
+        main()
+
+    return run, asked, tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("sum(chosen_logp)", r"gives 1 value\(s\) for 3 pairs"),
+        ("chosen_lopg + 1", r"names 'chosen_lopg', which SCORES does not have"),
+        (
+            "implicit_reward",
+            r"needs the log-probabilities of a second model, but score\.against is None\. Name a model",
+        ),
+        ("rating_gap", r"needs the judge's ratings, which 8 of 8 pairs lack \(4 of source 'even', 4 of source 'odd'\)"),
+    ],
+)
+def test_what_no_scores_can_mend_is_refused_before_scoring(command, name, said):
+    run, asked, _ = command
+    with pytest.raises(SdpoError, match=said):
+        run("--difficulty", name)
+    assert asked == []
+
+
+def test_the_command_shows_the_edges_where_there_is_a_noise_table(command, scores, capsys):
+    # chosen -0.5 nats for all: per token 1/8, 1/8, 1/4, 1/24, 1/2; sorted, place 0.95 * 4 = 3.8: 1/4 + 0.8 / 4 = 0.45;
+    # the default's one edge lies between b 0 and c 1: 0.5 away from both, so no pair is near; twice as noisy, both are
+    run, _, folder = command
+    run()
+    assert "noise" not in capsys.readouterr().out
+    bands = {-0.5: "noise band 0.45 nats per token (95 % of 5 re-scored pairs): 0 of 5", -1.0: "pairs): 2 of 5"}
+    for seed, (nats, said) in enumerate(bands.items(), 1):
+        scores.with_columns(pl.col("chosen_logp") + nats).write_parquet(folder / "noise.parquet")
+        run("--force", "--seed", str(seed))
+        out = capsys.readouterr().out
+        assert f"{said} pairs could be on the other side of an edge" in out
+        assert "1 | 2" in out
+    scores.with_columns(model_key=pl.lit("old")).write_parquet(folder / "noise.parquet")
+    run("--force", "--seed", "3")
+    assert "noise band unknown: Re-scored pairs are not of the same scores (pair_id 'a'" in capsys.readouterr().out
+    run("--force", "--by", "source")
+    assert "noise" not in capsys.readouterr().out  # of single pairs: it says nothing of a source's mean

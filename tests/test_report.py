@@ -317,6 +317,14 @@ def run_main(capsys, *args) -> str:
 # --- numbers by hand ------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("definition", "known"), [("-prompt_tokens * 1.0", True), ("a | b", False), ("mine", False)])
+def test_a_partition_by_an_expression_is_set_against_lengths_and_an_unknown_one_is_not(own_run, definition, known):
+    table = pl.read_parquet(own_run / "partition.parquet").with_columns(definition=pl.lit(definition))
+    table.write_parquet(own_run / "partition.parquet")
+    said = "Rank correlation (Spearman) of -prompt_tokens" in Report(own_run).markdown().replace("\\", "")
+    assert said == known
+
+
 def test_margins_by_hand():
     # margins 3, 1, -1: mean 1, residues 2, 0, -2. a and b share a prompt: prompts' sums 2 and -2, squares 8,
     # times G / (G - 1) = 2: sqrt(16) / 3 = 4/3. (Three prompts of their own would give 2 / sqrt(3) = 1.15.)
@@ -332,9 +340,8 @@ def test_margins_by_hand():
     assert (got["mean"], got["stderr"], got["n"]) == (pytest.approx(1), pytest.approx(4 / 3), 3)
     assert (got["accuracy"], got["accuracy_stderr"]) == (pytest.approx(200 / 3), pytest.approx(400 / 9))
     assert got["per_token"] == pytest.approx(200 / 3)
-    unknown = summarise_margins(scores.with_columns(prompt_id="pair_id"), ["step"]).row(
-        0, named=True
-    )  # each its own prompt
+    own = scores.with_columns(prompt_id="pair_id")  # each pair its own prompt
+    unknown = summarise_margins(own, ["step"]).row(0, named=True)
     assert unknown["stderr"] == pytest.approx(2 / math.sqrt(3))
     one = summarise_margins(scores.head(2), ["step"]).row(0, named=True)  # one prompt: spread unknown
     assert one["stderr"] is None

@@ -1,20 +1,27 @@
-"""Reference log-probabilities: our prefix engine against TRL's own pass and against padded batches.
+"""Reference log-probabilities: the prefix engine against TRL 1.16's reference pass, lm-eval's HFLM and plain batches.
 
-One run, the same pairs and model, the ways taken in turn, several rounds; prints a table of medians
-and ratios. Nothing else should be at work on the machine.
+One run: the same pairs, tokens and model for all, the ways taken in turn, several rounds; prints medians,
+ratios, tokens, and how far the engine is from the floor: the tokens of one prefix tree over all answers, at the
+model's own dense rate (a plain causal forward without padding, the head on as large a share of its positions,
+measured in the same run). With --memory each way also runs once in a process of its own, for its peak memory.
+Nothing else should be at work on the machine.
 
-    python benchmarks/score.py --pairs embedded:alpaca-eval --count 32 --rounds 3
+    python benchmarks/score.py --pairs ../shared/data/prefs/hh_rlhf_test/helpful.jsonl.gz --count 24
 """
 
 import os
 import platform
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
 
+import numpy as np
 import polars as pl
 import torch
 import tyro
@@ -23,68 +30,173 @@ import sdpo_data as data
 from sdpo_data import prefix
 from sdpo_data.console import print_table
 from sdpo_data.encode import encode_pairs
-from sdpo_data.score import completion_logps
+from sdpo_data.tree import Request, count_tokens
+
+OURS, SORTED, HFLM, TRL = (
+    "prefix trees (ours)",
+    "length-sorted batches of 8",
+    "lm-eval HFLM, batches of 8",
+    "TRL, batches of ",
+)
+TRL_BATCHES = (8, 1, 2, 4)  # the default first
 
 
 def main(
-    pairs: Annotated[str, tyro.conf.arg(help="Any source that sdpo_data.pairs reads.")] = "embedded:alpaca-eval",
+    pairs: Annotated[list[str], tyro.conf.arg(help="Sources that sdpo_data.pairs reads.")] = ["embedded:alpaca-eval"],  # noqa: B006
     model: str = "embedded:smollm2-135m",
-    count: int = 32,
-    rounds: int = 3,
-    max_length: int = 512,
-    token_budget: int = 2048,
-    trl_batch: int = 8,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    count: int = 24,
+    rounds: int = 2,
+    max_length: int = 1024,
+    memory: bool = False,  # noqa: FBT001
+    only: Annotated[str | None, tyro.conf.arg(help="Run this one way once and print its peak memory.")] = None,
 ) -> None:
-    loaded, tokenizer = data.load_model(model)
-    frame = data.read_pairs(pairs, data.PairsConfig(limit=2 * count))
-    encoded = encode_pairs(frame, tokenizer, max_length, "drop").filter(pl.col("problem").is_null()).head(count)
+    for source in pairs:
+        loaded, tokenizer = data.load_model(model, dtype)
+        encoded = some_pairs(source, tokenizer, count, max_length)
+        requests = as_requests(encoded)
+        if only:
+            make_way(only, model, dtype, loaded, tokenizer, encoded)()
+            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+            return
+        compare(source, model, dtype, loaded, tokenizer, encoded, requests, rounds)
+        if memory:
+            names = [OURS, SORTED, HFLM, f"{TRL}8", f"{TRL}1"]
+            flags = [
+                "--pairs",
+                source,
+                "--model",
+                model,
+                "--dtype",
+                dtype,
+                "--count",
+                count,
+                "--max-length",
+                max_length,
+            ]
+            rows = []
+            for name in names:
+                child = [sys.executable, __file__, *map(str, flags), "--only", name]
+                done = subprocess.run(child, capture_output=True, text=True, check=True)
+                rows.append({"way": name, "peak MiB": int(done.stdout.split()[-1])})
+            print_table(pl.DataFrame(rows), "peak memory of the whole process, model and libraries included")
+
+
+def some_pairs(source: str, tokenizer, count: int, max_length: int) -> pl.DataFrame:
+    """Take pairs in the order of the data; of AlpacaEval whole prompts, as its point is many pairs for each."""
+    frame = data.read_pairs(source)
+    if frame["prompt_id"].n_unique() < frame.height / 2:
+        prompts = frame["prompt_id"].unique(maintain_order=True).head(max(1, count // 6))
+        frame = frame.filter(pl.col("prompt_id").is_in(prompts.implode()))
+    encoded = encode_pairs(frame.head(4 * count), tokenizer, max_length, "drop")
+    return encoded.filter(pl.col("problem").is_null()).head(count)
+
+
+def as_requests(encoded: pl.DataFrame) -> list[Request]:
     sides = [encoded.select("prompt_ids", f"{side}_ids").rows() for side in ("chosen", "rejected")]
-    sequences = [(prompt + answer, len(prompt)) for side in sides for prompt, answer in side]
-    alone = sum(len(ids) for ids, _ in sequences)
-    floor = prefix.count_tokens(sequences)
+    return [(prompt + answer, len(prompt)) for side in sides for prompt, answer in side]
 
-    def packed() -> list[float]:
-        return completion_logps(loaded, sequences, token_budget)
 
-    def padded() -> list[float]:
-        fits, prefix._packs[loaded] = prefix._packs.get(loaded), False
-        try:
-            return completion_logps(loaded, sequences, token_budget)
-        finally:
-            prefix._packs[loaded] = fits
+def make_way(
+    way: str, model: str, dtype: str, loaded, tokenizer, encoded: pl.DataFrame
+) -> Callable[[], Sequence[float]]:
+    requests = as_requests(encoded)
+    if way == OURS:
+        return lambda: summed(requests, prefix.score_completions(loaded, requests))
+    if way == SORTED:
+        return lambda: sorted_batches(loaded, requests)
+    if way == HFLM:
+        return hflm_pass(loaded, tokenizer, requests)
+    return trl_pass(model, dtype, encoded, int(way.removeprefix(TRL)))
 
-    ways: dict[str, Callable[[], list[float]]] = {
-        "prefix rows": packed,
-        "padded batches, length-sorted": padded,
-        f"TRL 1.16, batches of {trl_batch}, data order": trl_pass(model, encoded, trl_batch),
-    }
-    packed()  # warms up, and probes the model
+
+def compare(source, model, dtype, loaded, tokenizer, encoded, requests, rounds) -> None:
+    names = [OURS, SORTED, HFLM, *(f"{TRL}{size}" for size in TRL_BATCHES)]
+    ways = {name: make_way(name, model, dtype, loaded, tokenizer, encoded) for name in names}
+    ways[OURS]()  # warms up, and probes the model
     seconds: dict[str, list[float]] = {way: [] for way in ways}
-    sums: dict[str, list[float]] = {}
-    for _ in range(rounds):
+    sums: dict[str, Sequence[float]] = {}
+    rates = []
+    reads = sum(len(ids) - start for ids, start in requests)
+    floor = count_tokens(requests)
+    for turn in range(rounds):
         for way, run in ways.items():
             started = time.perf_counter()
             sums[way] = run()
             seconds[way].append(time.perf_counter() - started)
-    ours = statistics.median(seconds["prefix rows"])
+        rates.append(dense_rate(loaded, requests, reads / floor))
+        if turn == 0:  # TRL's best size goes on, and its default
+            best = min((name for name in names if name.startswith(TRL)), key=lambda name: seconds[name][0])
+            for name in names:
+                if name.startswith(TRL) and name not in (best, f"{TRL}8"):
+                    ways.pop(name)
+    ours = statistics.median(seconds[OURS])
     rows = [
         {
             "way": way,
             "seconds": statistics.median(times),
             "pairs/s": encoded.height / statistics.median(times),
             "times ours": statistics.median(times) / ours,
-            "largest difference, nats": max(abs(a - b) for a, b in zip(sums["prefix rows"], sums[way], strict=True)),
+            "largest difference, nats": max(abs(a - b) for a, b in zip(sums[OURS], sums[way], strict=True)),
+            "rounds": len(times),
         }
         for way, times in seconds.items()
     ]
-    computed = sum(len(row.tokens) for row in prefix.plan_rows(sequences, range(len(sequences)), token_budget))
-    print_table(pl.DataFrame(rows), f"{encoded.height} pairs of {pairs}, {model}, float32, median of {rounds}")
-    print(f"tokens: {alone:,} alone, {floor:,} in one prefix tree (the floor), {computed:,} in our rows")
+    print_table(pl.DataFrame(rows), f"{encoded.height} pairs of {source}, {model}, {dtype}: medians")
+    computed = sum(bin_.tokens for bin_ in prefix.plan_work(loaded, requests))
+    dense = statistics.median(rates)
+    alone = sum(len(ids) for ids, _ in requests)
+    print(
+        f"tokens: {alone:,} alone, {floor:,} in one prefix tree (the floor), {computed:,} computed; {reads:,} through "
+        f"the head\ntime: {ours:.2f} s, {ours * dense / floor:.2f} of the floor at the model's dense {dense:,.0f} "
+        "tokens/s"
+    )
     print(f"machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
-          f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}")  # fmt: skip
+          f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}", flush=True)  # fmt: skip
 
 
-def trl_pass(name: str, encoded: pl.DataFrame, batch: int) -> Callable[[], list[float]]:
+def summed(requests: Sequence[Request], scored) -> list[float]:
+    sums = [0.0] * len(requests)
+    for places, completions in scored:
+        for place, completion in zip(places, completions, strict=True):
+            sums[place] = float(completion.logps.sum(dtype=np.float64))
+    return sums
+
+
+def sorted_batches(model, requests: Sequence[Request], size: int = 8) -> list[float]:
+    """Plain transformers: padded on the right, the longest first, the head on completion positions only."""
+    order = sorted(range(len(requests)), key=lambda place: -len(requests[place][0]))
+    batches = [order[first : first + size] for first in range(0, len(order), size)]
+    scored = ((batch, prefix.score_bin(model, [requests[p] for p in batch], 0, packed=False)) for batch in batches)
+    return summed(requests, scored)
+
+
+def hflm_pass(model, tokenizer, requests: Sequence[Request]) -> Callable[[], list[float]]:
+    from lm_eval.models import huggingface
+
+    lm = huggingface.HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8)
+    asked = [(("", ""), list(ids[:start]), list(ids[start:])) for ids, start in requests]
+    return lambda: [logp for logp, _ in lm._loglikelihood_tokens(asked, disable_tqdm=True)]
+
+
+def dense_rate(model, requests: Sequence[Request], share: float) -> float:
+    """Tokens per second of a plain causal forward, the best of two lengths, the head on a share of the positions."""
+    longest = max(len(ids) for ids, _ in requests)
+    rates = []
+    with torch.inference_mode():
+        for length in {min(256, longest), min(512, longest)}:
+            ids = torch.randint(0, 1000, (1, length), device=model.device)
+            keep = torch.arange(int(length * min(1.0, share)), device=model.device)
+            times = []
+            for _ in range(3):
+                started = time.perf_counter()
+                model(input_ids=ids, use_cache=False, logits_to_keep=keep).logits.float().logsumexp(-1).sum().item()
+                times.append(time.perf_counter() - started)
+            rates.append(length / min(times))
+    return max(rates)
+
+
+def trl_pass(name: str, dtype: str, encoded: pl.DataFrame, batch: int) -> Callable[[], list[float]]:
     """TRL's precompute pass on the very same tokens, its trainer made beforehand."""
     import datasets
     from trl import DPOConfig, DPOTrainer
@@ -107,7 +219,7 @@ def trl_pass(name: str, encoded: pl.DataFrame, batch: int) -> Callable[[], list[
         max_length=None,
         dataloader_pin_memory=False,
     )
-    model, tokenizer = data.load_model(name)  # its own: TRL replaces the forward
+    model, tokenizer = data.load_model(name, dtype)  # its own: TRL replaces the forward
     trainer = Trainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
 
     def run() -> list[float]:

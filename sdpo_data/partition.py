@@ -183,7 +183,9 @@ def _difficulty(config: PartitionConfig) -> Difficulty:
 
 def _check_ahead(difficulty: Difficulty, pairs: pl.DataFrame, call: Command) -> None:
     """Refuse what the scores of these pairs will not allow, as far as it can be known before they are made."""
-    against = getattr(call.settings["score"], "against", None)
+    score = call.settings["score"]
+    assert isinstance(score, ScoreConfig)
+    against = score.against
     if any(column.startswith("against_") for column in difficulty.columns) and against in (None, call.model):
         raise SdpoError(
             f"partition.difficulty {difficulty.name!r} needs the log-probabilities of a second model, but "

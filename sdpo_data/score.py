@@ -123,7 +123,7 @@ def rescore_sample(scores: pl.DataFrame, pairs: pl.DataFrame, model: "Model", co
     """
     size = max(RESCORED_LEAST, math.ceil(RESCORED * scores.height))
     sample = pairs.join(scores.select("pair_id"), on="pair_id").sort("pair_id").head(size)
-    settings = config.model_copy(update={"dtype": "float32", "against": None, "keep_token_logps": False})
+    settings = config.model_copy(update={"dtype": "float32", "keep_token_logps": False})
     if isinstance(model, str | Path):
         return score_pairs(sample, model, settings)
     loaded, tokenizer, _ = _loaded(model, "float32")

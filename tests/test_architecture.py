@@ -22,7 +22,15 @@ ONLY_DOOR = {"trl": "sdpo_train/dpo.py", "peft": "sdpo_train/dpo.py", "lm_eval":
 HEAVY = ("torch", "transformers", "datasets", "trl", "peft", "lm_eval", "accelerate")
 WITHOUT_HEAVY = (
     *("sdpo_data.tables", "sdpo_data.config", "sdpo_data.run", "sdpo_data.console", "sdpo_data.assets"),
-    *("sdpo_data.pairs", "sdpo_data.encode", "sdpo_data.models", "sdpo_data.difficulty", "sdpo_data.score"),
+    *(
+        "sdpo_data.pairs",
+        "sdpo_data.formats",
+        "sdpo_data.sources",
+        "sdpo_data.encode",
+        "sdpo_data.models",
+        "sdpo_data.difficulty",
+        "sdpo_data.score",
+    ),
     *("sdpo_data.partition", "sdpo_train.arms", "sdpo_train.steps", "sdpo_train.__main__"),
     *("sdpo_eval.stats", "sdpo_eval.plots", "sdpo_eval.report"),
 )

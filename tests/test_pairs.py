@@ -222,7 +222,8 @@ def test_a_rating_that_is_no_number_is_none(read, rating):
         (PLAIN | {"system": 3}, "system is not text"),
         (PLAIN | {"prompt": "\ud800"}, "text is not valid Unicode"),
         ({"chosen": "abc", "rejected": "xyz"}, "empty prompt"),
-        (PLAIN | {"history": [["q", "a"]]}, "a history column: its turns belong into the prompt"),
+        (PLAIN | {"history": [["q"]]}, "history is not a list of turns"),
+        (PLAIN | {"history": "q"}, "history is not a list of turns"),
         ({"chosen": 1, "rejected": 2}, "no prompt, and the answers are neither text nor lists of messages"),
         (
             {"prompt": [said("system", "a"), said("user", "q")], "system": "b", "chosen": "c", "rejected": "r"},
@@ -455,7 +456,7 @@ def test_several_sources_are_read_in_their_order(tmp_path):
 )
 def test_a_hub_id_may_name_a_split_and_a_version(monkeypatch, source, asked):
     calls = []
-    monkeypatch.setattr("sdpo_data.pairs.hub_dataset", lambda *given: calls.append(given) or [PLAIN])
+    monkeypatch.setattr("sdpo_data.sources.hub_dataset", lambda *given: calls.append(given) or [PLAIN])
     assert read_pairs(source)["source"].to_list() == [source]
     assert calls == [asked]
 

@@ -21,7 +21,7 @@ from sdpo_data.run import Run, write_atomically
 from sdpo_data.tables import SdpoError
 
 DEFAULT_MODEL = "embedded:smollm2-135m"
-SECTIONS = ("model", "pairs", "score", "partition", "train", "eval")
+SECTIONS = ("model", "pairs", "decontaminate", "score", "partition", "train", "eval")
 
 
 class Settings(pydantic.BaseModel):

@@ -6,6 +6,10 @@ import re
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import polars as pl
+
+from sdpo_data.tables import MESSAGES
+
 PromptFormat = Literal["auto", "messages", "text"]
 Row = dict[str, Any]
 Fields = dict[str, Any]
@@ -50,6 +54,18 @@ def finite_number(value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
+
+
+def plain_texts(pairs: pl.DataFrame, column: str) -> pl.Series:
+    """Give what `column` of PAIRS says: text as it is, of messages their contents, a line each."""
+    contents = (
+        pl.when(pl.col("format") == MESSAGES)
+        .then(column)
+        .str.json_decode(pl.List(pl.Struct({"content": pl.String})))
+        .list.eval(pl.element().struct.field("content"))
+        .list.join("\n")
+    )
+    return pairs.select(pl.coalesce(contents, column)).to_series()
 
 
 def says_something(part: Any) -> bool:

@@ -144,6 +144,7 @@ def make_pairs(call: Command, *, asked: bool = False) -> pl.DataFrame:
         collected = collect_pairs(config)
         stage.write("held_out", collected.held_out)
         call.run.replace_dropped("pairs", collected.dropped)
+        call.run.replace_dropped("decontaminate", DROPPED.to_frame())  # they are back
         log.info(
             "read %d pairs of %d prompts, held out %d pairs",
             collected.pairs.height,

@@ -133,6 +133,7 @@ def test_every_setting_says_what_it_does():
 
 def test_shipped_recipes_hold_only_settings_there_are():
     from sdpo_data.config import SECTIONS, read_command, recipes
+    from sdpo_data.decontaminate import DecontaminateConfig
     from sdpo_data.pairs import PairsConfig
     from sdpo_data.partition import PartitionConfig
     from sdpo_data.score import ScoreConfig
@@ -140,7 +141,7 @@ def test_shipped_recipes_hold_only_settings_there_are():
     from sdpo_train import TrainConfig
 
     models = {"pairs": PairsConfig, "score": ScoreConfig, "partition": PartitionConfig, "train": TrainConfig}
-    models["eval"] = EvalConfig
+    models |= {"eval": EvalConfig, "decontaminate": DecontaminateConfig}
     assert set(models) | {"model"} == set(SECTIONS)
     for recipe in recipes():
         read_command("recipe", "", "partition", models, ["no/such/run", "--config", recipe])

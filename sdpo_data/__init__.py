@@ -13,6 +13,7 @@ _HOME = {
     "Run": "run",
     "ScoreConfig": "score",
     "SdpoError": "tables",
+    "check_pairs": "doctor",
     "decontaminate_pairs": "decontaminate",
     "load_model": "models",
     "model_key": "models",

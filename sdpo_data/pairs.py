@@ -23,6 +23,7 @@ import pydantic
 
 from sdpo_data.config import Command, Settings, read_command
 from sdpo_data.console import command, print_table, say
+from sdpo_data.doctor import check_pairs, show_findings
 from sdpo_data.formats import read_row
 from sdpo_data.messages import PromptFormat
 from sdpo_data.rated import Choice, draw
@@ -155,15 +156,27 @@ def make_pairs(call: Command, *, asked: bool = False) -> pl.DataFrame:
 
 
 def main() -> None:
-    """Read preference pairs into RUN/pairs.parquet."""
-    call = read_command("python -m sdpo_data.pairs", __doc__, "pairs", {"pairs": PairsConfig})
+    """Read preference pairs into RUN/pairs.parquet; with --check, say what is wrong with them."""
+    from sdpo_data.score import ScoreConfig  # here: score.py reads pairs by this file
+
+    call = read_command(
+        "python -m sdpo_data.pairs",
+        __doc__,
+        "pairs",
+        {"pairs": PairsConfig, "score": ScoreConfig},
+        switches={"check": "Say what is wrong with the pairs, as text and as the model's tokens."},
+    )
     made = call.run.lineage.get("pairs")
     pairs = make_pairs(call, asked=True)
     call.save()
-    if call.run.lineage["pairs"] == made:
+    if call.run.lineage["pairs"] != made:
+        print_table(count_sources(pairs, call.run), f"{call.run.path / 'pairs.parquet'}")
+    elif "check" not in call.asked:
         say(f"up to date: {call.run.path / 'pairs.parquet'}")
-        return
-    print_table(count_sources(pairs, call.run), f"{call.run.path / 'pairs.parquet'}")
+    if "check" in call.asked:
+        config = call.settings["score"]
+        assert isinstance(config, ScoreConfig)
+        show_findings(check_pairs(pairs, call.model, config.max_length), pairs.height)
 
 
 def count_sources(pairs: pl.DataFrame, run: Run) -> pl.DataFrame:

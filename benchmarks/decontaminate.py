@@ -25,7 +25,7 @@ import tyro
 
 import sdpo_data as data
 from sdpo_data.console import print_table
-from sdpo_data.decontaminate import find_contamination
+from sdpo_data.matching import find_contamination
 from sdpo_data.messages import plain_texts
 from sdpo_data.tables import DOCUMENTS, PAIRS, TEXT
 

@@ -15,6 +15,8 @@ _HOME = {
     "SdpoError": "tables",
     "check_pairs": "doctor",
     "decontaminate_pairs": "decontaminate",
+    "find_contamination": "matching",
+    "fix_pairs": "repair",
     "load_model": "models",
     "model_key": "models",
     "open_run": "run",

@@ -50,10 +50,13 @@ def _squashed(side: str) -> pl.Expr:
 _SAME = ("same_chosen", "same_rejected")
 _TWO = ("prompt_id", pl.min_horizontal(_SAME), pl.max_horizontal(_SAME))
 _TEXTS = ("prompt", "chosen", "rejected")
+EMPTY = pl.any_horizontal(pl.col(_TEXTS).str.strip_chars() == "")
+IDENTICAL = pl.col("same_chosen") == pl.col("same_rejected")
+SAME_PAIR = ("prompt_id", *_SAME)
 TEXT_CHECKS = [
-    Check("empty text", "wrong", pl.any_horizontal(pl.col(_TEXTS).str.strip_chars() == ""), "drop them"),
+    Check("empty text", "wrong", EMPTY, "drop them"),
     Check(
-        "identical answers", "wrong", pl.col("same_chosen") == pl.col("same_rejected"),
+        "identical answers", "wrong", IDENTICAL,
         "drop them: but for blanks there is nothing to prefer",
     ),
     Check(
@@ -63,7 +66,7 @@ TEXT_CHECKS = [
     ),
     Check("preferences in a circle", "wrong", pl.col("in_circle"), "one label of each circle is wrong: a > b > c > a"),
     Check(
-        "repeated pair", "look", pl.struct("prompt_id", "same_chosen", "same_rejected").is_duplicated(),
+        "repeated pair", "look", pl.struct(SAME_PAIR).is_duplicated(),
         "keep one of each: they differ only in blanks",
     ),
     Check(
@@ -112,8 +115,8 @@ def check_pairs(pairs: pl.DataFrame, model: "Model | None" = None, max_length: i
     looked = _look_at_texts(pairs)
     checks, lengths = list(TEXT_CHECKS), ("chosen", "rejected", "characters")
     if model is not None:
-        tokenizer = _tokenizer(model)
-        looked = _look_at_tokens(looked, pairs, tokenizer)
+        tokenizer = tokenizer_of(model)
+        looked = look_at_tokens(looked, pairs, tokenizer)
         checks += _token_checks(tokenizer, max_length)
         lengths = ("chosen_tokens", "rejected_tokens", "tokens")
     found = [_finding(looked, one) for one in checks]
@@ -131,17 +134,22 @@ def show_findings(findings: pl.DataFrame, pairs: int) -> None:
 
 
 def _finding(looked: pl.DataFrame, one: Check) -> tuple:
-    affected = looked.filter(one.affected.fill_null(value=False))
+    affected = looked.filter(one.affected)
     share = affected.height / looked.height
     if affected.is_empty():
         return one.name, "fine", 0, 0.0, None, ""
     return one.name, one.severity, affected.height, share, affected["pair_id"][0], one.remedy
 
 
+def squash_texts(pairs: pl.DataFrame) -> pl.DataFrame:
+    """Write out what each side says, and beside it same_chosen and same_rejected, equal where only blanks differ."""
+    texts = pairs.with_columns(plain_texts(pairs, side).alias(side) for side in _TEXTS)
+    return texts.with_columns(same_chosen=_squashed("chosen"), same_rejected=_squashed("rejected"))
+
+
 def _look_at_texts(pairs: pl.DataFrame) -> pl.DataFrame:
     """Put beside each pair what its checks ask for."""
-    texts = pairs.with_columns(plain_texts(pairs, side).alias(side) for side in _TEXTS)
-    texts = texts.with_columns(same_chosen=_squashed("chosen"), same_rejected=_squashed("rejected"))
+    texts = squash_texts(pairs)
     whole = texts.select(pl.concat_str(_TEXTS, separator="\n")).to_series()
     return texts.with_columns(
         near_duplicate=pl.Series(find_near_duplicates(whole, pairs["prompt_id"])),
@@ -174,7 +182,7 @@ def _reaches(edges: dict[str, set[str]], start: str, goal: str) -> bool:
     return False
 
 
-def _tokenizer(model: Any) -> "PreTrainedTokenizerBase":
+def tokenizer_of(model: Any) -> "PreTrainedTokenizerBase":
     if not isinstance(model, str | Path):
         return model
     from sdpo_data.models import load_tokenizer
@@ -182,7 +190,7 @@ def _tokenizer(model: Any) -> "PreTrainedTokenizerBase":
     return load_tokenizer(model)
 
 
-def _look_at_tokens(looked: pl.DataFrame, pairs: pl.DataFrame, tokenizer: "PreTrainedTokenizerBase") -> pl.DataFrame:
+def look_at_tokens(looked: pl.DataFrame, pairs: pl.DataFrame, tokenizer: "PreTrainedTokenizerBase") -> pl.DataFrame:
     """Put beside each pair how its prompt is rendered, and the tokens of both sides, uncut."""
     rendered = [_rendered(row, tokenizer) for row in pairs.iter_rows(named=True)]
     prompts = [one[0] if one else None for one in rendered]
@@ -245,11 +253,11 @@ def _token_checks(tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list
             "prompt and answer share a token, scored as the answer: begin the answer where a word begins",
         ),
         Check(
-            "doubled BOS", "wrong", _doubled("prompt_ids", bos),
+            "doubled BOS", "wrong", doubled("prompt_ids", bos),
             "strip it from the prompt: tokenizer or template adds its own",
         ),
         Check(
-            "doubled EOS", "wrong", _doubled("chosen_ids", eos) | _doubled("rejected_ids", eos),
+            "doubled EOS", "wrong", doubled("chosen_ids", eos) | doubled("rejected_ids", eos),
             "strip it from the answers: encoder or template adds its own",
         ),
         Check(
@@ -262,7 +270,7 @@ def _token_checks(tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list
     ]  # fmt: skip
 
 
-def _doubled(column: str, token: int | None) -> pl.Expr:
+def doubled(column: str, token: int | None) -> pl.Expr:
     """Whether `token` stands twice in a row."""
     if token is None:
         return pl.lit(value=False)

@@ -18,8 +18,8 @@ def find_near_duplicates(texts: pl.Series, groups: pl.Series) -> Numbers:
         groups: texts of one group are not compared.
 
     Returns:
-        (texts,), bool: the Jaccard index over runs of RUN words is at least SIMILAR. In a cluster
-        of many, a text is compared with the first of them and with the one before it.
+        (texts,), bool: the Jaccard index over runs of RUN words is at least SIMILAR. A text is compared
+        with the first of those that share a band of its sketch, so a cluster is found in linear time.
     """
     from rensa import RMinHash, RMinHashLSH  # type: ignore[missing-module-attribute]
 
@@ -63,6 +63,5 @@ def _candidates(rows: Numbers, runs: dict[int, Numbers]) -> list[tuple[int, int]
         pl.DataFrame(bands.reshape(-1, ROWS), [f"value_{place}" for place in range(ROWS)])
     )
     same = ["band", *(f"value_{place}" for place in range(ROWS))]
-    near = frame.with_columns(first=pl.col("row").first().over(same), before=pl.col("row").shift(1).over(same))
-    both = pl.concat([near.select(one="row", other=other) for other in ("first", "before")]).drop_nulls()
+    both = frame.select(one=pl.col("row").first().over(same), other="row")
     return both.filter(pl.col("one") != pl.col("other")).unique().sort("one", "other").rows()

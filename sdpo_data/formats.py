@@ -4,7 +4,6 @@ A row is known by its columns; FORMS lists whose they are. What a form reads is 
 answers or a list of rated ones; the rest of this file is the same for all forms.
 """
 
-import hashlib
 import json
 import os
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from sdpo_data.messages import (
     finite_number,
     first_of,
     messages_as_json,
+    pair_ids,
     read_messages,
     says_something,
     text_or_messages,
@@ -69,11 +69,6 @@ def read_row(
     return form.name, [one if isinstance(one, str) else _pair_or_reason(row, one, prompt_format) for one in choices]
 
 
-def content_hash(*parts: str | None) -> str:
-    """Content hash, 128 bits in hex: the same text gives the same id on every machine, forever."""
-    return hashlib.blake2b(json.dumps(parts, ensure_ascii=False).encode(), digest_size=16).hexdigest()
-
-
 def _pair_or_reason(row: Row, fields: Fields, prompt_format: PromptFormat) -> Fields | str:
     try:
         return _pair(row, fields, prompt_format)
@@ -98,8 +93,7 @@ def _pair(row: Row, fields: Fields, prompt_format: PromptFormat) -> Fields:
         for part in (fields[name] for name in ("prompt", "chosen", "rejected"))
     )
     return {
-        "pair_id": content_hash(system, prompt, chosen, rejected),
-        "prompt_id": content_hash(system, prompt),
+        **pair_ids(system, prompt, chosen, rejected),
         "prompt": prompt,
         "chosen": chosen,
         "rejected": rejected,

@@ -1,5 +1,6 @@
 """What a prompt or an answer says: plain text, or messages with a role and a content each."""
 
+import hashlib
 import json
 import math
 import re
@@ -115,6 +116,16 @@ def messages_as_json(messages: list[dict[str, Any]]) -> str:
         for m in messages
     ]
     return json.dumps(ordered, ensure_ascii=False, default=str)
+
+
+def pair_ids(system: str | None, prompt: str, chosen: str, rejected: str) -> dict[str, str]:
+    """Give pair_id and prompt_id: the same content has the same ids on every machine, forever."""
+    return {"pair_id": content_hash(system, prompt, chosen, rejected), "prompt_id": content_hash(system, prompt)}
+
+
+def content_hash(*parts: str | None) -> str:
+    """Content hash, 128 bits in hex."""
+    return hashlib.blake2b(json.dumps(parts, ensure_ascii=False).encode(), digest_size=16).hexdigest()
 
 
 def _turns(prompt: str) -> list[dict[str, str]] | None:

@@ -7,6 +7,7 @@ Examples:
     python -m sdpo_data.pairs runs/a --source mine.jsonl org/dataset:train
     python -m sdpo_data.pairs runs/a --source mine.csv --columns prompt question chosen good rejected bad
     python -m sdpo_data.pairs runs/a --source a.jsonl b.jsonl --weights a 3 b 1    # three of a to one of b
+    python -m sdpo_data.pairs runs/a --check --model my-org/my-sft    # what is wrong with them; --fix repairs
 """
 
 import json
@@ -27,6 +28,8 @@ from sdpo_data.doctor import check_pairs, show_findings
 from sdpo_data.formats import read_row
 from sdpo_data.messages import PromptFormat
 from sdpo_data.rated import Choice, draw
+from sdpo_data.repair import STAGE as FIX
+from sdpo_data.repair import fix_run
 from sdpo_data.run import Run
 from sdpo_data.sources import fingerprint, read_rows, source_names
 from sdpo_data.tables import DROPPED, PAIRS, SdpoError
@@ -145,7 +148,8 @@ def make_pairs(call: Command, *, asked: bool = False) -> pl.DataFrame:
         collected = collect_pairs(config)
         stage.write("held_out", collected.held_out)
         call.run.replace_dropped("pairs", collected.dropped)
-        call.run.replace_dropped("decontaminate", DROPPED.to_frame())  # they are back
+        for later in ("decontaminate", FIX):  # what they took out is back
+            call.run.replace_dropped(later, DROPPED.to_frame())
         log.info(
             "read %d pairs of %d prompts, held out %d pairs",
             collected.pairs.height,
@@ -156,7 +160,7 @@ def make_pairs(call: Command, *, asked: bool = False) -> pl.DataFrame:
 
 
 def main() -> None:
-    """Read preference pairs into RUN/pairs.parquet; with --check, say what is wrong with them."""
+    """Read preference pairs into RUN/pairs.parquet; --check says what is wrong with them, --fix repairs it."""
     from sdpo_data.score import ScoreConfig  # here: score.py reads pairs by this file
 
     call = read_command(
@@ -164,16 +168,21 @@ def main() -> None:
         __doc__,
         "pairs",
         {"pairs": PairsConfig, "score": ScoreConfig},
-        switches={"check": "Say what is wrong with the pairs, as text and as the model's tokens."},
+        switches={
+            "check": "Say what is wrong with the pairs, as text and as the model's tokens.",
+            "fix": "Repair what has one right repair, and say what is wrong with the rest.",
+        },
     )
     made = call.run.lineage.get("pairs")
     pairs = make_pairs(call, asked=True)
     call.save()
     if call.run.lineage["pairs"] != made:
         print_table(count_sources(pairs, call.run), f"{call.run.path / 'pairs.parquet'}")
-    elif "check" not in call.asked:
+    elif not call.asked:
         say(f"up to date: {call.run.path / 'pairs.parquet'}")
-    if "check" in call.asked:
+    if "fix" in call.asked:
+        pairs = fix_run(call.run, call.model)
+    if call.asked:
         config = call.settings["score"]
         assert isinstance(config, ScoreConfig)
         show_findings(check_pairs(pairs, call.model, config.max_length), pairs.height)

@@ -17,6 +17,7 @@ from sdpo_data.assets import hub_dataset, is_embedded, pair_file
 from sdpo_data.run import sha256
 from sdpo_data.tables import SdpoError
 
+BROKEN = (pl.exceptions.PolarsError, pl.exceptions.PanicException)  # a damaged Parquet file may be either
 SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
 
 
@@ -71,7 +72,7 @@ def _file_rows(path: Path) -> Sequence[dict[str, Any] | str]:
         return (
             pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, infer_schema=False)
         ).to_dicts()
-    except (pl.exceptions.PolarsError, ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
+    except (*BROKEN, ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
         if isinstance(error, SdpoError):
             raise
         raise SdpoError(f"pairs.source {path} cannot be read ({' '.join(str(error).split())[:200]}).") from None

@@ -26,7 +26,7 @@ PAIRS = pl.Schema(
 )
 DROPPED = pl.Schema(
     {  # one row per pair that did not come through, and why
-        "stage": pl.String,  # the command that dropped it: "pairs", "decontaminate", "score" or "partition"
+        "stage": pl.String,  # the command that dropped it: "pairs", "fix", "decontaminate", "score" or "partition"
         "source": pl.String,
         "row": pl.Int64,  # row in the source, counted from 0; null after reading
         "pair_id": pl.String,  # null where the row never became a pair

@@ -12,10 +12,10 @@ from sdpo_data.decontaminate import (
     DecontaminateConfig,
     count_contamination,
     decontaminate_pairs,
-    find_contamination,
     touched_items,
 )
 from sdpo_data.formats import read_row
+from sdpo_data.matching import find_contamination
 from sdpo_data.ngrams import hash_at, hash_grams, read_words
 from sdpo_data.pairs import read_pairs
 from sdpo_data.tables import CONTAMINATION, DOCUMENTS, PAIRS, SdpoError, check

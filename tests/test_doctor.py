@@ -9,17 +9,20 @@ from hypothesis import strategies as st
 
 from sdpo_data.doctor import FINDINGS, check_pairs
 from sdpo_data.duplicates import find_near_duplicates
-from sdpo_data.formats import content_hash
+from sdpo_data.messages import pair_ids
 from sdpo_data.pairs import read_pairs
 from sdpo_data.tables import PAIRS, SdpoError
 
 
 def pair(prompt: str, chosen: str, rejected: str, ratings: tuple = (None, None), **more) -> dict:
     """A pair as it stands in PAIRS, whatever reading would have said of it."""
-    texts = (prompt, chosen, rejected)
     row = {"source": "s", "prompt": prompt, "chosen": chosen, "rejected": rejected, "format": "text", "system": None}
-    ids = {"pair_id": content_hash(None, *texts), "prompt_id": content_hash(None, prompt)}
-    return row | ids | dict(zip(("rating_chosen", "rating_rejected"), ratings, strict=True)) | more
+    return (
+        row
+        | pair_ids(None, prompt, chosen, rejected)
+        | dict(zip(("rating_chosen", "rating_rejected"), ratings, strict=True))
+        | more
+    )
 
 
 def chat(prompt: str, chosen: str, rejected: str, system: str | None = None) -> dict:
@@ -64,6 +67,8 @@ FINE = pair("p", "yes", "no!")
         ([FINE, pair("q", "a", "b"), pair("q", "a", "c"), pair("q", "b", "c")], {}),
         ([FINE, pair("q", "a", "b"), pair("q", "b", "c"), pair("q", "c", "a"), pair("q", "a", "d")],
          {"preferences in a circle": (3, "q")}),
+        ([FINE, pair("q", "a", "b"), pair("q", "b", "a"), pair("q", "b", "c"), pair("q", "c", "d")],
+         {"swapped answers": (2, "q")}),
         ([FINE, pair("q", "a", "b"), pair("r", "b", "c"), pair("s", "c", "a")], {}),  # of three prompts
         ([FINE, pair("q", "a", "b"), pair("q", "a\n", "b")], {"repeated pair": (2, "q")}),
         ([FINE, pair("q", "a", "b", (1.0, 2.0)), pair("r", "a", "b", (2.0, 1.0)), pair("s", "a", "b", (3.0, 3.0)),
@@ -237,7 +242,9 @@ def test_a_template_that_is_not_prefix_stable(with_template):
     # as Qwen3's and DeepSeek's: the generation prompt opens a thinking block that answers do not have
     turns = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
     unstable = with_template(turns + "{% if add_generation_prompt %}[assistant]<think>{% endif %}")
-    assert found(chat("q", "a", "b"), FINE, model=unstable)["template not prefix-stable"][0] == 1
+    got = found(chat("q", "a", "b"), FINE, model=unstable)
+    assert got["template not prefix-stable"][0] == 1
+    assert "tokens merged at the boundary" not in got  # it is the text that differs
     stable = with_template(turns + "{% if add_generation_prompt %}[assistant]{% endif %}")
     assert "template not prefix-stable" not in found(chat("q", "a", "b"), FINE, model=stable)
 

@@ -227,6 +227,20 @@ def test_a_chosen_answer_is_always_rated_above_its_rejected_one(ratings, choose)
         assert found[0][2] == max(rated)
 
 
+ANY = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3)
+ANSWER = st.text(max_size=3) | st.dictionaries(st.sampled_from(["response", "rating", "rank", "role", "content"]), ANY)
+
+
+@given(st.lists(ANSWER | ANY, max_size=5), st.none() | st.lists(ANY, max_size=5), ANY)
+def test_every_two_of_any_answers_are_a_pair_or_a_reason(given_answers, ratings, prompt):
+    row = {"prompt": prompt, "answers": given_answers, "ratings": ratings}
+    found = read_row(row, choose="all")[1]
+    count = len(given_answers)
+    unusable = prompt is None or not isinstance(prompt, str) or (ratings is not None and len(ratings) != count)
+    assert len(found) == (1 if unusable or count < 2 else count * (count - 1) // 2)
+    assert all(isinstance(one, str | dict) for one in found)
+
+
 # --- shown, overridden, mixed
 
 

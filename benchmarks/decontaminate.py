@@ -78,7 +78,8 @@ def read_documents(folder: Path) -> pl.DataFrame:
     return pl.DataFrame(rows, DOCUMENTS, orient="row")
 
 
-def make_pairs(real: pl.DataFrame, questions: pl.Series, count: int) -> pl.DataFrame:
+def make_pairs(real: pl.DataFrame, questions: pl.Series, count: int, *, shuffled: bool = False) -> pl.DataFrame:
+    """Cut each text in two and turn it round; shuffled, put its words into another order."""
     rng, frames = np.random.default_rng(0), []
     texts = [[text.split(" ") for text in plain_texts(real, side)] for side in SIDES]
     for first in range(0, count, 20_000):
@@ -88,7 +89,8 @@ def make_pairs(real: pl.DataFrame, questions: pl.Series, count: int) -> pl.DataF
             for side, words in zip(SIDES, texts, strict=True):
                 text = words[number % real.height]
                 cut = int(rng.integers(len(text) + 1))
-                columns[side].append(" ".join([*text[cut:], *text[:cut]]))
+                turned = [text[at] for at in rng.permutation(len(text))] if shuffled else [*text[cut:], *text[:cut]]
+                columns[side].append(" ".join(turned))
             if number % 200 == 0:
                 columns["prompt"][-1] += "\n" + questions[int(rng.integers(len(questions)))]
         ids = [str(number) for number in numbers]

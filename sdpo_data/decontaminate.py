@@ -26,6 +26,7 @@ from sdpo_data.run import Run, sha256
 from sdpo_data.tables import DOCUMENTS, DROPPED, PAIRS, SdpoError, check
 
 STAGE = "decontaminate"
+ITEMS_SHOWN = 10
 
 
 class DecontaminateConfig(Settings):
@@ -178,8 +179,12 @@ def show(result: Decontaminated, pairs: pl.DataFrame, config: DecontaminateConfi
     examples = counted.group_by("source", "task", maintain_order=True).first()
     if examples.height:
         print_table(examples.with_columns(pl.col("matched").str.head(200)), "one match of each")
-    items = touched_items(found, pairs, config.rules).group_by("task").agg(items=pl.len()).sort("task")
-    touched = ", ".join(f"{items:,} of {task}" for task, items in items.rows()) or "none"
+    items = touched_items(found, pairs, config.rules).sort("pairs", descending=True, maintain_order=True)
+    if items.height:
+        shown = items.select("task", "item_id", "pairs", "sources", pl.col("matched").str.head(100)).head(ITEMS_SHOWN)
+        print_table(shown, f"the {shown.height} of {items.height:,} touched items that most pairs hold")
+    by_task = items.group_by("task").len().sort("task").rows()
+    touched = ", ".join(f"{n:,} of {task}" for task, n in by_task) or "none"
     say(f"contaminated by {' or '.join(config.rules)}: {counted['pair_id'].n_unique():,} of {pairs.height:,} pairs; "
         f"items touched: {touched}; dropped: {result.dropped.height:,}.")  # fmt: skip
 

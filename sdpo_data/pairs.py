@@ -56,9 +56,9 @@ class PairsConfig(Settings):
     or every two of them. Answers rated alike make no pair."""
     limit: int | None = pydantic.Field(None, ge=1)
     """Take at most this many pairs of each source, drawn by seed."""
-    caps: dict[str, pydantic.PositiveInt] = pydantic.Field({})
+    caps: dict[str, int] = pydantic.Field({})
     """Take at most so many pairs of the sources named here."""
-    weights: dict[str, pydantic.PositiveFloat] = pydantic.Field({})
+    weights: dict[str, float] = pydantic.Field({})
     """Mix the sources by weight: the largest mixture in these proportions, no pair taken twice. Names every source."""
     hold_out: float = pydantic.Field(0.05, ge=0, lt=1)
     """Share of the prompts kept out of training, with all their pairs. Each prompt is drawn on its own:
@@ -68,6 +68,13 @@ class PairsConfig(Settings):
     turns; messages makes each a user message; text keeps even those with turns raw."""
     seed: int = 0
     """Draws the limit, the mixture, the hold-out and choose's answer."""
+
+    @pydantic.field_validator("caps", "weights")
+    @classmethod
+    def _are_positive(cls, shares: dict[str, float]) -> dict[str, float]:
+        if not_positive := [name for name, share in shares.items() if share <= 0]:
+            raise ValueError(f"{not_positive[0]!r} must have a number above 0")
+        return shares
 
 
 @dataclass(frozen=True)

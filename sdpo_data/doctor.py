@@ -14,9 +14,10 @@ from sdpo_data.messages import plain_texts
 from sdpo_data.tables import MESSAGES, PAIRS, SdpoError, check
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    Model = str | Path | PreTrainedTokenizerBase
+    Loaded = PreTrainedModel | PreTrainedTokenizerBase | tuple[PreTrainedModel, PreTrainedTokenizerBase]
+    Model = str | Path | Loaded
 
 FINDINGS = pl.Schema(
     {  # one row per check, found or not
@@ -98,8 +99,8 @@ def check_pairs(pairs: pl.DataFrame, model: "Model | None" = None, max_length: i
 
     Args:
         pairs: PAIRS frame.
-        model: folder, hub id, embedded:NAME, or a tokenizer; only the tokenizer is read. Without
-            one, what needs tokens is not asked.
+        model: folder, hub id, embedded:NAME, a loaded model, (model, tokenizer), or a tokenizer; only
+            the tokenizer is looked at. Without one, what needs tokens is not asked.
         max_length: longest prompt + answer, tokens, for what would be truncated.
 
     Returns:
@@ -183,11 +184,18 @@ def _reaches(edges: dict[str, set[str]], start: str, goal: str) -> bool:
 
 
 def tokenizer_of(model: Any) -> "PreTrainedTokenizerBase":
-    if not isinstance(model, str | Path):
+    """Give the tokenizer of a model by name, of a loaded one, of (model, tokenizer), or the tokenizer itself."""
+    if isinstance(model, tuple):
+        return model[1]
+    if hasattr(model, "apply_chat_template"):
         return model
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        raise SdpoError("Checking tokens needs transformers. Install it: pip install 'sdpo[score]'") from None
     from sdpo_data.models import load_tokenizer
 
-    return load_tokenizer(model)
+    return load_tokenizer(model if isinstance(model, str | Path) else model.config._name_or_path)
 
 
 def look_at_tokens(looked: pl.DataFrame, pairs: pl.DataFrame, tokenizer: "PreTrainedTokenizerBase") -> pl.DataFrame:

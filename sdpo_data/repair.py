@@ -38,7 +38,7 @@ def fix_pairs(pairs: pl.DataFrame, model: "Model | None" = None) -> Fixed:
 
     Args:
         pairs: PAIRS frame.
-        model: folder, hub id, embedded:NAME, or a tokenizer. Without one no token is cut off.
+        model: as for check_pairs. Without one no token is cut off.
     """
     pairs, cut = check(pairs, PAIRS, "pairs"), 0
     if model is not None and pairs.height:

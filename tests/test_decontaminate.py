@@ -207,6 +207,15 @@ def test_many_chunks_find_what_one_does(monkeypatch):
     assert whole["pair_id"].unique(maintain_order=True).to_list() == pairs["pair_id"][:50].to_list()
 
 
+def test_no_pairs_or_no_words_are_no_contamination():
+    for pairs, documents in ((pairs_of("x")[:0], documents_of(EIGHT)), (pairs_of("x"), documents_of("", "?"))):
+        found = find_contamination(pairs, documents)
+        assert found.schema == CONTAMINATION
+        assert found.is_empty()
+        assert count_contamination(found, pairs).is_empty()
+        assert touched_items(found, pairs).is_empty()
+
+
 def test_documents_with_a_column_missing_are_refused():
     with pytest.raises(SdpoError, match=r"documents is missing column 'item_id'"):
         find_contamination(pairs_of("x"), documents_of("x").drop("item_id"))

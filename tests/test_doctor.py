@@ -119,6 +119,10 @@ def test_near_duplicates_by_hand():
     assert got.tolist() == [True, False, True, False, False]
 
 
+def test_texts_without_words_are_like_no_other():
+    assert find_near_duplicates(pl.Series(["", "", "!"]), pl.Series(["a", "b", "c"])).tolist() == [False] * 3
+
+
 def test_texts_of_one_prompt_are_not_duplicates():
     texts = pl.Series([" ".join(WORDS), " ".join([*WORDS[:-1], "tea"])])
     assert not find_near_duplicates(texts, pl.Series(["a", "a"])).any()
@@ -279,10 +283,15 @@ def test_truncation_is_counted_per_side(tokenizer):
     }  # fmt: skip
 
 
-def test_the_model_may_be_named(tiny_model):
+def test_the_model_may_be_named_or_loaded(tiny_model):
+    from sdpo_data.models import load_model
+
     findings = check_pairs(frame(FINE), tiny_model)
     assert findings.height == 20
     assert findings.row(-1, named=True)["remedy"].startswith("too few to say")
+    loaded = load_model(tiny_model)
+    assert check_pairs(frame(FINE), loaded[0]).equals(findings)
+    assert check_pairs(frame(FINE), loaded).equals(findings)
 
 
 # --- the command

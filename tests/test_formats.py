@@ -34,7 +34,7 @@ FORMS = {  # name of the form -> rows of it, each with what it says
         ({"prompt": "q", "chosen": "c", "rejected": "r"}, ("q", "c", "r", None)),
         ({"prompt": [user("q")], "chosen": [assistant("c")], "rejected": [assistant("r")]}, (*ONE_TURN, None)),
         ({"prompt": "q", "chosen": assistant("c"), "rejected": assistant("r")}, (*ONE_TURN, None)),
-        ({"prompt": [user("q")], "chosen": [assistant("c")], "rejected": [assistant("r")], "tools": []},
+        ({"prompt": [user("q")], "chosen": [assistant("c")], "rejected": [assistant("r")], "tools": "[]"},
          (*ONE_TURN, None)),
         ({"prompt": "q", "history": [["a", "b"]], "system": "s", "chosen": "c", "rejected": "r"},
          ([user("a"), assistant("b"), user("q")], *ONE_TURN[1:], "s")),
@@ -115,6 +115,7 @@ def test_a_row_of_each_form_survives_a_table_with_all_columns(form, row, expecte
          "tools, which nothing here shows to the model"),
         ({"prompt": "q", "chosen": "c", "rejected": "r", "tools": '[{"name": "f"}]'},
          "tools, which nothing here shows to the model"),
+        ({"prompt": [user("q"), 3], "chosen": "c", "rejected": "r"}, "prompt is neither text nor a list of messages"),
         ({"conversations": "q", "chosen": assistant("c"), "rejected": assistant("r")},
          "conversations is not a list of messages"),
         ({"conversations": [{"from": "function_call", "value": "f"}], "chosen": "c", "rejected": "r"},
@@ -285,6 +286,13 @@ def test_a_column_map_may_swap_two_columns(tmp_path):
     rows = [{"prompt": "p", "chosen": "c", "rejected": "r"}]
     pairs = collect(write(tmp_path, "turned", rows), columns={"chosen": "rejected", "rejected": "chosen"}).pairs
     assert pairs.select("chosen", "rejected").rows() == [("r", "c")]
+
+
+@pytest.mark.parametrize("columns", [{"prompt": "q", "odd:prompt": "p"}, {"odd:prompt": "p", "prompt": "q"}])
+def test_a_column_map_for_one_source_goes_before_that_for_all(tmp_path, columns):
+    rows = [{"q": "of all", "p": "its own", "chosen": "c", "rejected": "r"}]
+    pairs = collect(write(tmp_path, "odd", rows), write(tmp_path, "other", rows), columns=columns).pairs
+    assert pairs["prompt"].to_list() == ["its own", "of all"]
 
 
 def test_a_column_map_may_be_for_one_source(tmp_path):

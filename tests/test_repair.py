@@ -26,12 +26,12 @@ def said(pairs: pl.DataFrame, side: str) -> list[str]:
 
 
 def test_a_doubled_eos_is_cut_off_and_the_pair_gets_its_new_ids(tokenizer):
-    rows = [chat("q", f"a{EOS}{EOS}", "b"), chat("r", "a", f"b{EOS}"), chat("s", f"a{EOS}a", "b"), FINE]
+    rows = [chat("q", f"a{EOS}{EOS}", "b"), chat("r", "a", f"b{EOS}"), chat("s", f"a{EOS}a", f"mine{EOS}"), FINE]
     got = fix_pairs(frame(*rows), tokenizer)
     assert said(got.pairs, "chosen") == ["a", "a", f"a{EOS}a", "yes"]  # in the middle it is not doubled
-    assert said(got.pairs, "rejected") == ["b", "b", "b", "no!"]
-    assert (got.cut, got.dropped.height) == (2, 0)
-    assert got.pairs["pair_id"].to_list()[2:] == frame(*rows)["pair_id"].to_list()[2:]
+    assert said(got.pairs, "rejected") == ["b", "b", "mine", "no!"]
+    assert (got.cut, got.dropped.height) == (3, 0)
+    assert got.pairs["pair_id"].to_list()[3:] == frame(*rows)["pair_id"].to_list()[3:]
     for row in got.pairs.iter_rows(named=True):
         ids = pair_ids(row["system"], row["prompt"], row["chosen"], row["rejected"])
         assert ids == {"pair_id": row["pair_id"], "prompt_id": row["prompt_id"]}
@@ -124,10 +124,25 @@ def test_fix_repairs_the_run_once_and_reading_again_undoes_it(tmp_path, run_comm
     code, out, _ = run_command("sdpo_data.pairs", run, "--fix")
     assert "--fix cut a doubled token off 0 pairs, dropped 0 (none)" in out
     assert pl.read_parquet(run / "dropped.parquet").equals(dropped)
+    pl.concat([pairs, frame(pair("late", "a", "a "))]).write_parquet(run / "pairs.parquet")
+    run_command("sdpo_data.pairs", run, "--fix")  # finds another one: the first stays accounted for
+    assert pl.read_parquet(run / "dropped.parquet").height == 2
     assert run_command("sdpo_data.pairs", run)[1] == f"up to date: {run / 'pairs.parquet'}\n"
     assert run_command("sdpo_data.pairs", run, "--force")[0] == 0
     assert pl.read_parquet(run / "pairs.parquet").height == 12
     assert pl.read_parquet(run / "dropped.parquet").is_empty()
+
+
+def test_pairs_held_out_are_repaired_too(tmp_path, run_command, tiny_model):
+    rows = [
+        {"prompt": [{"role": "user", "content": f"p{n}"}], "chosen": f"yes{EOS}", "rejected": "no"} for n in range(9)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--source", tmp_path / "rows.jsonl", "--hold-out", "0.5", "--model", tiny_model]
+    assert "cut a doubled token off 9 pairs" in run_command("sdpo_data.pairs", tmp_path / "run", *flags, "--fix")[1]
+    held = pl.read_parquet(tmp_path / "run" / "held_out.parquet")
+    assert held.height > 0
+    assert EOS not in "".join(held["chosen"])
 
 
 def test_a_fix_that_would_leave_nothing_is_refused(tmp_path, run_command, tiny_model):

@@ -7,17 +7,23 @@ Names load on first use, so that partitioning never imports torch and
 from importlib import import_module
 
 _HOME = {
+    "DecontaminateConfig": "decontaminate",
     "PairsConfig": "pairs",
     "PartitionConfig": "partition",
     "Run": "run",
     "ScoreConfig": "score",
     "SdpoError": "tables",
+    "check_pairs": "doctor",
+    "decontaminate_pairs": "decontaminate",
+    "find_contamination": "matching",
+    "fix_pairs": "repair",
     "load_model": "models",
     "model_key": "models",
     "open_run": "run",
     "partition_pairs": "partition",
     "read_pairs": "pairs",
     "score_pairs": "score",
+    "touched_items": "decontaminate",
 }
 __all__ = sorted(_HOME)
 

@@ -21,7 +21,7 @@ from sdpo_data.run import Run, write_atomically
 from sdpo_data.tables import SdpoError
 
 DEFAULT_MODEL = "embedded:smollm2-135m"
-SECTIONS = ("model", "pairs", "score", "partition", "train", "eval")
+SECTIONS = ("model", "pairs", "decontaminate", "score", "partition", "train", "eval")
 
 
 class Settings(pydantic.BaseModel):
@@ -42,6 +42,8 @@ class Command:
     settings: dict[str, Settings]
     file: dict[str, Any]
     """What config.yaml is to hold: the old file, the recipe and the flags, merged."""
+    asked: frozenset[str] = frozenset()
+    """The switches that were given: what to do this once, which is no setting and not remembered."""
 
     def save(self) -> None:
         """Merge the settings into RUN/config.yaml. Call it once the work they ask for is done."""
@@ -67,7 +69,13 @@ def merge_config(run: Run, sections: dict[str, Any]) -> None:
 
 
 def read_command(
-    prog: str, description: str | None, own: str, models: dict[str, type[Settings]], argv: list[str] | None = None
+    prog: str,
+    description: str | None,
+    own: str,
+    models: dict[str, type[Settings]],
+    argv: list[str] | None = None,
+    *,
+    switches: dict[str, str] | None = None,
 ) -> Command:
     """Read `RUN [--config FILE] [--force] [--setting value ...]` against the run's config.yaml.
 
@@ -77,15 +85,16 @@ def read_command(
         own: the section whose settings are flags without a prefix (`--parts 2`); the settings
             of the other sections carry theirs (`--score.max-length 512`).
         models: section name -> its settings model.
+        switches: flags for this call alone, such as check for --check, with their help.
 
     Raises:
         SdpoError: an unknown section or setting, or a value of the wrong type or range.
     """
     argv = sys.argv[1:] if argv is None else argv
     run, recipe = _peek(argv)
-    call = _parse(prog, description, own, models, argv, [run, recipe])
+    call = _parse(prog, description, own, models, argv, [run, recipe], switches or {})
     if run is None:  # flags stood before RUN: read again, now knowing whose config.yaml gives the defaults
-        call = _parse(prog, description, own, models, argv, [call.run.path, recipe])
+        call = _parse(prog, description, own, models, argv, [call.run.path, recipe], switches or {})
     return call
 
 
@@ -96,6 +105,7 @@ def _parse(
     models: dict[str, type[Settings]],
     argv: list[str],
     places: list[Path | None],
+    switches: dict[str, str],
 ) -> Command:
     import tyro  # only here: importing a package of ours stays fast
 
@@ -117,6 +127,11 @@ def _parse(
             file.get("model", DEFAULT_MODEL),
         ),
     }
+    for name, text in switches.items():
+        fields[f"switch_{name}"] = (
+            Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name=name, help=text)],
+            False,
+        )
     for name, model in models.items():
         prefix, unchecked = tyro.conf.arg(name="" if name == own else name), _without_limits(model)
         fields[f"{name}_settings"] = (Annotated[unchecked, prefix], unchecked(**dict(loaded[name])))
@@ -134,7 +149,8 @@ def _parse(
             file[name] = {**(file.get(name) or {}), **changed}
     if given.model != DEFAULT_MODEL or "model" in file:
         file["model"] = given.model
-    return Command(Run(given.run), given.force, given.model, settings, file)
+    asked = frozenset(name for name in switches if getattr(given, f"switch_{name}"))
+    return Command(Run(given.run), given.force, given.model, settings, file, asked)
 
 
 def _without_limits(model: type[Settings]) -> type[pydantic.BaseModel]:

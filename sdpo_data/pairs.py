@@ -1,51 +1,80 @@
 """Read preference data of many forms into PAIRS, and keep what did not fit with its reason.
 
 A source is a file (.jsonl, .jsonl.gz, .json, .parquet, .csv), a folder saved by `datasets`, a hub
-id (`org/name`, or `org/name:split`), or embedded:NAME.
+id (`org/name`, or `org/name:split`), or embedded:NAME. The form of its rows is found and shown.
+
+Examples:
+    python -m sdpo_data.pairs runs/a --source mine.jsonl org/dataset:train
+    python -m sdpo_data.pairs runs/a --source mine.csv --columns prompt question chosen good rejected bad
+    python -m sdpo_data.pairs runs/a --source a.jsonl b.jsonl --weights a 3 b 1    # three of a to one of b
+    python -m sdpo_data.pairs runs/a --check --model my-org/my-sft    # what is wrong with them; --fix repairs
 """
 
-import hashlib
 import json
 import logging
 import math
-import os
-import re
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import polars as pl
 import pydantic
 
-from sdpo_data.assets import hub_dataset, is_embedded, pair_file
 from sdpo_data.config import Command, Settings, read_command
 from sdpo_data.console import command, print_table, say
-from sdpo_data.run import Run, sha256
-from sdpo_data.tables import DROPPED, MESSAGES, PAIRS, TEXT, SdpoError
+from sdpo_data.doctor import check_pairs, show_findings
+from sdpo_data.formats import read_row
+from sdpo_data.messages import PromptFormat
+from sdpo_data.rated import Choice, draw
+from sdpo_data.repair import STAGE as FIX
+from sdpo_data.repair import fix_run
+from sdpo_data.run import Run
+from sdpo_data.sources import fingerprint, read_rows, source_names
+from sdpo_data.tables import DROPPED, PAIRS, SdpoError
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet", ".csv")
 CONTENT_SHOWN = 20_000  # characters of a dropped row kept in dropped.parquet
-TURN = re.compile(r"\n\nHuman: |\n\nAssistant: ?")
+BEYOND = "beyond pairs."
+COLUMNS = (  # what a column map may name
+    *("prompt", "chosen", "rejected", "system", "history", "source", "rating_chosen", "rating_rejected"),
+    *("messages", "conversations", "rejected_response", "rejected_messages", "instruction", "question", "input"),
+    *("chosen_response", "completions", "responses", "ratings", "ranks"),
+)
 
 
 class PairsConfig(Settings):
     source: list[str] = pydantic.Field(["embedded:alpaca-eval", "embedded:piqa"], min_length=1)
     """Where the pairs come from: files, folders, hub ids (org/name or org/name:split), embedded:NAME."""
+    columns: dict[str, str] = pydantic.Field({})
+    """Which column of the data is which of ours: prompt, chosen, rejected, system, source, ... For one
+    source alone write SOURCE:prompt. An empty name leaves a column of ours out."""
+    choose: Choice = "best_worst"
+    """Of several rated answers to a prompt: the best against the worst, against one drawn of the others,
+    or every two of them. Answers rated alike make no pair."""
     limit: int | None = pydantic.Field(None, ge=1)
     """Take at most this many pairs of each source, drawn by seed."""
+    caps: dict[str, int] = pydantic.Field({})
+    """Take at most so many pairs of the sources named here."""
+    weights: dict[str, float] = pydantic.Field({})
+    """Mix the sources by weight: the largest mixture in these proportions, no pair taken twice. Names every source."""
     hold_out: float = pydantic.Field(0.05, ge=0, lt=1)
     """Share of the prompts kept out of training, with all their pairs. Each prompt is drawn on its own:
     rows added later move none."""
-    prompt_format: Literal["auto", "messages", "text"] = "auto"
+    prompt_format: PromptFormat = "auto"
     """Plain-text prompts: auto keeps them raw unless they have a system message or Human/Assistant
     turns; messages makes each a user message; text keeps even those with turns raw."""
     seed: int = 0
-    """Draws the limit and the hold-out."""
+    """Draws the limit, the mixture, the hold-out and choose's answer."""
+
+    @pydantic.field_validator("caps", "weights")
+    @classmethod
+    def _are_positive(cls, shares: dict[str, float]) -> dict[str, float]:
+        if not_positive := [name for name, share in shares.items() if share <= 0]:
+            raise ValueError(f"{not_positive[0]!r} must have a number above 0")
+        return shares
 
 
 @dataclass(frozen=True)
@@ -55,10 +84,6 @@ class Collected:
     pairs: pl.DataFrame
     held_out: pl.DataFrame
     dropped: pl.DataFrame
-
-
-class _UnusableError(Exception):
-    """The row cannot become a pair; the message is the reason kept in dropped.parquet."""
 
 
 def read_pairs(source: str | Path | Sequence[str | Path], config: PairsConfig | None = None) -> pl.DataFrame:
@@ -89,17 +114,19 @@ def collect_pairs(config: PairsConfig) -> Collected:
     Raises:
         SdpoError: a source cannot be read or holds no usable pair, or nothing is left to train on.
     """
+    names = source_names(config.source)
+    _refuse_unknown_names(config, names)
     pairs, dropped = [], []
-    for source, name in _source_names(config.source).items():
-        kept, lost = _normalise(_rows(source), name, config.prompt_format)
+    for source, name in names.items():
+        kept, lost = _read_source(source, name, config)
         if kept.is_empty():
             raise SdpoError(f"pairs.source {source} gave no usable pair ({_counted(lost) or 'it is empty'}).")
         pairs.append(kept)
         dropped.append(lost)
     everything = pl.concat(pairs)
     everything = everything.with_columns(reason=_conflicts(everything))
-    if config.limit is not None:
-        everything = everything.with_columns(reason=_beyond_limit(everything, config.limit, config.seed))
+    if config.limit is not None or config.caps or config.weights:
+        everything = everything.with_columns(reason=_beyond_share(everything, config))
     dropped.append(_as_dropped(everything.filter(pl.col("reason").is_not_null())))
     kept, lost = everything.filter(pl.col("reason").is_null()), pl.concat(dropped)
     held = [prompt for prompt in kept["prompt_id"].unique() if _share(prompt, config.seed) < config.hold_out]
@@ -120,7 +147,7 @@ def make_pairs(call: Command, *, asked: bool = False) -> pl.DataFrame:
     """
     config = call.settings["pairs"]
     assert isinstance(config, PairsConfig)
-    recipe = config.model_dump() | {"files": {source: _fingerprint(source) for source in config.source}}
+    recipe = config.model_dump() | {"files": {source: fingerprint(source) for source in config.source}}
     force = call.force and (asked or not call.run.is_current("pairs", recipe))
     with call.run.stage("pairs", recipe, force=force) as stage:
         if stage.current:
@@ -128,6 +155,8 @@ def make_pairs(call: Command, *, asked: bool = False) -> pl.DataFrame:
         collected = collect_pairs(config)
         stage.write("held_out", collected.held_out)
         call.run.replace_dropped("pairs", collected.dropped)
+        for later in ("decontaminate", FIX):  # what they took out is back
+            call.run.replace_dropped(later, DROPPED.to_frame())
         log.info(
             "read %d pairs of %d prompts, held out %d pairs",
             collected.pairs.height,
@@ -138,15 +167,32 @@ def make_pairs(call: Command, *, asked: bool = False) -> pl.DataFrame:
 
 
 def main() -> None:
-    """Read preference pairs into RUN/pairs.parquet."""
-    call = read_command("python -m sdpo_data.pairs", __doc__, "pairs", {"pairs": PairsConfig})
+    """Read preference pairs into RUN/pairs.parquet; --check says what is wrong with them, --fix repairs it."""
+    from sdpo_data.score import ScoreConfig  # here: score.py reads pairs by this file
+
+    call = read_command(
+        "python -m sdpo_data.pairs",
+        __doc__,
+        "pairs",
+        {"pairs": PairsConfig, "score": ScoreConfig},
+        switches={
+            "check": "Say what is wrong with the pairs, as text and as the model's tokens.",
+            "fix": "Repair what has one right repair, and say what is wrong with the rest.",
+        },
+    )
     made = call.run.lineage.get("pairs")
     pairs = make_pairs(call, asked=True)
     call.save()
-    if call.run.lineage["pairs"] == made:
+    if call.run.lineage["pairs"] != made:
+        print_table(count_sources(pairs, call.run), f"{call.run.path / 'pairs.parquet'}")
+    elif not call.asked:
         say(f"up to date: {call.run.path / 'pairs.parquet'}")
-        return
-    print_table(count_sources(pairs, call.run), f"{call.run.path / 'pairs.parquet'}")
+    if "fix" in call.asked:
+        pairs = fix_run(call.run, call.model)
+    if call.asked:
+        config = call.settings["score"]
+        assert isinstance(config, ScoreConfig)
+        show_findings(check_pairs(pairs, call.model, config.max_length), pairs.height)
 
 
 def count_sources(pairs: pl.DataFrame, run: Run) -> pl.DataFrame:
@@ -160,251 +206,73 @@ def count_sources(pairs: pl.DataFrame, run: Run) -> pl.DataFrame:
     )
 
 
-def _rows(source: str) -> Sequence[dict[str, Any] | str]:
-    """Read the raw rows; a line that is not JSON stays a string."""
-    path = pair_file(source) if is_embedded(source) else Path(source)
-    if path.is_dir():
-        return _arrow_folder(path)
-    if path.is_file():
-        return _file_rows(path)
-    if path.suffix[1:].isalpha() or path.is_absolute() or source.count("/") != 1:  # a hub id may end in -v0.1
-        raise SdpoError(
-            f"pairs.source {source!r} is neither a file nor a hub dataset. Give a path ending in one of "
-            f"{', '.join(SUFFIXES)}, a hub id such as trl-lib/ultrafeedback_binarized, or embedded:alpaca-eval."
-        )
-    repo, _, split = source.partition(":")
-    return list(hub_dataset(repo, None, split or "train"))  # type: ignore[arg-type]
+def _refuse_unknown_names(config: PairsConfig, names: dict[str, str]) -> None:
+    known = set(names.values())
+    for setting, keys in (("caps", config.caps), ("weights", config.weights)):
+        if unknown := sorted(set(keys) - known):
+            raise SdpoError(
+                f"pairs.{setting} names {unknown[0]!r}, which is no source. There are: {', '.join(sorted(known))}."
+            )
+    if config.weights and (without := sorted(known - set(config.weights))):
+        raise SdpoError(f"pairs.weights has no weight for {without[0]!r}. Give every source one, or leave weights out.")
+    for key in config.columns:
+        source, _, column = key.rpartition(":")
+        if column not in COLUMNS or (source and source not in known):
+            raise SdpoError(
+                f"pairs.columns has {key!r}, which is none of our columns. There are: {', '.join(COLUMNS)}; "
+                f"before them may stand one of the sources {', '.join(sorted(known))} and a colon."
+            )
 
 
-def _file_rows(path: Path) -> Sequence[dict[str, Any] | str]:
-    if not path.name.endswith(SUFFIXES):
-        raise SdpoError(f"pairs.source {path} has an unknown suffix. It must be one of {', '.join(SUFFIXES)}.")
-    try:
-        if path.name.endswith((".jsonl", ".jsonl.gz")):
-            return [_json_or_text(line) for line in _lines(path) if line.strip()]
-        if path.suffix == ".json":
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(content, list):
-                raise SdpoError(f"pairs.source {path} holds a JSON {type(content).__name__}, expected a list of rows.")
-            return content
-        return (
-            pl.read_parquet(path) if path.suffix == ".parquet" else pl.read_csv(path, infer_schema=False)
-        ).to_dicts()
-    except (pl.exceptions.PolarsError, ValueError, RecursionError, OSError, EOFError, zlib.error) as error:
-        if isinstance(error, SdpoError):
-            raise
-        raise SdpoError(f"pairs.source {path} cannot be read ({' '.join(str(error).split())[:200]}).") from None
-
-
-def _lines(path: Path) -> Iterable[str]:
-    import gzip
-
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        for line in file:
-            yield line.decode("utf-8", errors="surrogateescape")
-
-
-def _json_or_text(line: str) -> dict[str, Any] | str:
-    try:
-        line.encode()
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return line.encode(errors="replace").decode()
-    return row if isinstance(row, dict) else line
-
-
-def _arrow_folder(path: Path) -> list[dict[str, Any]]:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        content = datasets.load_from_disk(str(path))
-    except (FileNotFoundError, OSError, ValueError) as error:
-        raise SdpoError(f"pairs.source {path} is not a folder saved by `datasets` ({error}).") from None
-    if isinstance(content, datasets.DatasetDict):
-        splits = ", ".join(map(str, content))
-        raise SdpoError(f"pairs.source {path} holds the splits {splits}. Name one: {path}/{next(iter(content))}")
-    return content.to_list()
-
-
-def _normalise(
-    rows: Sequence[dict[str, Any] | str], source: str, prompt_format: str
-) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Turn raw rows into pairs (with `origin`, `row` and `content` beside PAIRS) and dropped rows."""
-    kept, dropped = [], []
+def _read_source(source: str, name: str, config: PairsConfig) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Read a source into pairs (with `origin`, `row` and `content` beside PAIRS) and dropped rows."""
+    kept, dropped, forms = [], [], Counter[str]()
+    rows = _renamed(read_rows(source), source, name, config.columns)
     for number, row in enumerate(rows):
         content = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
         content = content.encode(errors="replace").decode()[:CONTENT_SHOWN]
-        name = str(row.get("source") or source) if isinstance(row, dict) else source
-        name = name.encode(errors="replace").decode()
-        try:
-            kept.append(
-                {**_pair(row, prompt_format), "source": name, "origin": source, "row": number, "content": content}
-            )
-        except _UnusableError as reason:
-            dropped.append(("pairs", name, number, None, str(reason), content))
+        own = str(row.get("source") or name) if isinstance(row, dict) else name
+        own = own.encode(errors="replace").decode()
+        form, pairs = read_row(row, config.prompt_format, config.choose, config.seed)
+        forms[form or "no form known"] += 1
+        for pair in pairs:
+            if isinstance(pair, str):
+                dropped.append(("pairs", own, number, None, pair, content))
+            else:
+                kept.append({**pair, "source": own, "origin": name, "row": number, "content": content})
+    if rows:
+        log.info("%s: %s", name, "; ".join(f"{count:,} rows as {form}" for form, count in forms.most_common()))
     schema = pl.Schema({**PAIRS, "origin": pl.String, "row": pl.Int64, "content": pl.String})
     return pl.DataFrame(kept, schema), pl.DataFrame(dropped, DROPPED, orient="row")
 
 
-def _pair(row: dict[str, Any] | str, prompt_format: str) -> dict[str, Any]:
-    """Make one pair of a raw row, or say why not."""
-    if not isinstance(row, dict):
-        raise _UnusableError("not a JSON object")
-    fields = next((read(row) for detect, read in FORMS if detect(row)), None)
-    if fields is None:
-        raise _UnusableError("no columns of a known form (prompt, chosen, rejected)")
-    fields = _as_messages(fields, prompt_format)
-    for name in ("prompt", "chosen", "rejected"):
-        if not _has_text(fields[name]):
-            raise _UnusableError(f"empty {name}")
-    if fields["chosen"] == fields["rejected"]:
-        raise _UnusableError("identical answers")
-    system = fields.get("system") or None
-    texts = [fields[name] if isinstance(fields[name], str) else _as_json(fields[name])
-             for name in ("prompt", "chosen", "rejected")]  # fmt: skip
-    try:
-        return {
-            "pair_id": _hash(system, *texts),
-            "prompt_id": _hash(system, texts[0]),
-            "prompt": texts[0],
-            "chosen": texts[1],
-            "rejected": texts[2],
-            "format": TEXT if isinstance(fields["prompt"], str) else MESSAGES,
-            "system": system,
-            "rating_chosen": _rating(row, "chosen"),
-            "rating_rejected": _rating(row, "rejected"),
-        }
-    except UnicodeEncodeError:
-        raise _UnusableError("text is not valid Unicode") from None
+def _renamed(
+    rows: Sequence[dict[str, Any] | str], source: str, name: str, columns: dict[str, str]
+) -> Sequence[dict[str, Any] | str]:
+    """Give the columns of a source our names, as the settings say; a column called "" is left out."""
+    mine = {key.removeprefix(f"{name}:"): theirs for key, theirs in sorted(columns.items(), key=_is_of_one_source)
+            if key.removeprefix(f"{name}:") in COLUMNS}  # fmt: skip
+    objects = [row for row in rows if isinstance(row, dict)]
+    for ours, theirs in mine.items():
+        if objects and theirs and not any(theirs in row for row in objects):
+            raise SdpoError(
+                f"pairs.columns reads {ours} from {theirs!r}, which no row of {source} has. "
+                f"It has: {', '.join(objects[0])}."
+            )
+    if not mine:
+        return rows
+    taken = set(mine) | set(mine.values())
+    return [
+        {key: cell for key, cell in row.items() if key not in taken}
+        | {ours: row[theirs] for ours, theirs in mine.items() if theirs in row}
+        if isinstance(row, dict)
+        else row
+        for row in rows
+    ]
 
 
-def _as_messages(fields: dict[str, Any], prompt_format: str) -> dict[str, Any]:
-    """Bring prompt and answers to one kind: all plain text, or all lists of messages."""
-    prompt, chosen, rejected = (fields[name] for name in ("prompt", "chosen", "rejected"))
-    texts = [isinstance(part, str) for part in (prompt, chosen, rejected)]
-    if not any(texts):
-        first, *rest = prompt or [{}]
-        if first.get("role") == "system":
-            if fields.get("system") not in (None, "", first["content"]):
-                raise _UnusableError("two system messages")
-            return {**fields, "prompt": rest, "system": first["content"]}
-        return fields
-    if not all(texts) and isinstance(prompt, str):
-        return _as_messages({**fields, "prompt": [{"role": "user", "content": prompt}]}, prompt_format)
-    if not all(texts):
-        answers = {
-            side: [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
-            for side, answer in (("chosen", chosen), ("rejected", rejected))
-        }
-        return _as_messages({**fields, **answers}, prompt_format)
-    turns = prompt_format != "text" and _turns(prompt)
-    if not turns and (prompt_format == "messages" or (prompt_format == "auto" and fields.get("system"))):
-        turns = [{"role": "user", "content": prompt}]
-    if not turns:
-        if fields.get("system"):
-            raise _UnusableError("a system message beside plain text")
-        return fields
-    return {
-        **fields,
-        "prompt": turns,
-        "chosen": [{"role": "assistant", "content": chosen.strip()}] if chosen.strip() else [],
-        "rejected": [{"role": "assistant", "content": rejected.strip()}] if rejected.strip() else [],
-    }
-
-
-def _turns(prompt: str) -> list[dict[str, str]] | None:
-    """Read the Human/Assistant turns of Anthropic's HH, if the prompt is written so."""
-    if not (prompt.startswith("\n\nHuman: ") and prompt.rstrip().endswith("\n\nAssistant:")):
-        return None
-    marks = TURN.findall(prompt)
-    texts = TURN.split(prompt)[1:]
-    roles = ["user" if mark.startswith("\n\nHuman") else "assistant" for mark in marks]
-    return [{"role": role, "content": text.strip()} for role, text in zip(roles[:-1], texts[:-1], strict=True)]
-
-
-def _own(row: dict[str, Any]) -> dict[str, Any]:
-    """Read a row of PAIRS itself, whose messages are JSON text."""
-    try:
-        return _explicit(row | {name: json.loads(row[name]) for name in ("prompt", "chosen", "rejected")})
-    except (KeyError, TypeError, ValueError, RecursionError):
-        raise _UnusableError("its format says messages, but they are not JSON") from None
-
-
-def _explicit(row: dict[str, Any]) -> dict[str, Any]:
-    fields: dict[str, Any] = {name: row.get(name) for name in ("prompt", "chosen", "rejected", "system")}
-    for name in ("prompt", "chosen", "rejected"):
-        if fields[name] is None:
-            raise _UnusableError(f"no {name}")
-        if not isinstance(fields[name], str) and not _are_messages(fields[name]):
-            raise _UnusableError(f"{name} is neither text nor a list of messages")
-    if row.get("history"):
-        raise _UnusableError("a history column: its turns belong into the prompt")
-    if not isinstance(fields["prompt"], str):  # UltraFeedback repeats the prompt in the answers
-        prompt = fields["prompt"]
-        for name in ("chosen", "rejected"):
-            if not isinstance(fields[name], str) and fields[name][: len(prompt)] == prompt:
-                fields[name] = fields[name][len(prompt) :]
-    elif _are_messages(fields["chosen"]) and fields["chosen"][0]["role"] != "assistant":
-        return _implicit(row) | {"system": fields["system"]}
-    if fields["system"] is not None and not isinstance(fields["system"], str):
-        raise _UnusableError("system is not text")
-    return fields
-
-
-def _implicit(row: dict[str, Any]) -> dict[str, Any]:
-    """Take the prompt out of two answers that both begin with it (the HH form)."""
-    chosen, rejected = row["chosen"], row["rejected"]
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        shared = os.path.commonprefix([chosen, rejected])  # noqa: RUF071 - character by character is meant
-        mark = shared.rfind("\n\nAssistant:")
-        end = mark + len("\n\nAssistant:") if mark >= 0 else max(shared.rfind(" "), 0)  # a word's token has its blank
-        return {"prompt": chosen[:end], "chosen": chosen[end:], "rejected": rejected[end:]}
-    if not _are_messages(chosen) or not _are_messages(rejected):
-        raise _UnusableError("no prompt, and the answers are neither text nor lists of messages")
-    same = list(takewhile(lambda both: both[0] == both[1], zip(chosen, rejected, strict=False)))
-    return {"prompt": chosen[: len(same)], "chosen": chosen[len(same) :], "rejected": rejected[len(same) :]}
-
-
-def _judged(row: dict[str, Any]) -> dict[str, Any]:
-    """Read an annotation of AlpacaEval: two outputs, and which of them the judge preferred."""
-    preference = _number(row["preference"])
-    if preference not in (1, 2):
-        raise _UnusableError("tie")
-    outputs = row["output_1"], row["output_2"]
-    chosen, rejected = outputs if preference == 1 else outputs[::-1]
-    return _instruction([row["instruction"], row.get("input")], chosen, rejected)
-
-
-def _physical(row: dict[str, Any]) -> dict[str, Any]:
-    """Read a question of PIQA: the right solution against the wrong one."""
-    label = _number(row["label"])
-    if label not in (0, 1):
-        raise _UnusableError("no label")
-    solutions = row["sol1"], row["sol2"]
-    return _instruction([row["goal"]], solutions[int(label)], solutions[1 - int(label)])
-
-
-def _instruction(question: list[Any], chosen: Any, rejected: Any) -> dict[str, Any]:
-    question = [part for part in question if part]
-    for name, parts in (("prompt", question), ("chosen", [chosen or ""]), ("rejected", [rejected or ""])):
-        if not all(isinstance(part, str) for part in parts):
-            raise _UnusableError(f"{name} is not text")
-    return {
-        "prompt": [{"role": "user", "content": "\n\n".join(question)}],
-        "chosen": [{"role": "assistant", "content": chosen or ""}],
-        "rejected": [{"role": "assistant", "content": rejected or ""}],
-    }
-
-
-FORMS: list[tuple[Callable[[dict], bool], Callable[[dict], dict[str, Any]]]] = [
-    (lambda row: "pair_id" in row and row.get("format") == MESSAGES, _own),
-    (lambda row: {"chosen", "rejected"} <= row.keys() and row.get("prompt") is not None, _explicit),
-    (lambda row: {"chosen", "rejected"} <= row.keys() and "prompt" not in row, _implicit),
-    (lambda row: {"instruction", "output_1", "output_2", "preference"} <= row.keys(), _judged),
-    (lambda row: {"goal", "sol1", "sol2", "label"} <= row.keys(), _physical),
-    (lambda row: bool({"prompt", "chosen", "rejected"} & row.keys()), _explicit),  # says which column is missing
-]
+def _is_of_one_source(column: tuple[str, str]) -> bool:
+    return ":" in column[0]
 
 
 def _conflicts(pairs: pl.DataFrame) -> pl.Expr:
@@ -418,9 +286,9 @@ def _conflicts(pairs: pl.DataFrame) -> pl.Expr:
     )
 
 
-def _beyond_limit(pairs: pl.DataFrame, limit: int, seed: int) -> pl.Series:
-    """Keep the reasons there are, and give one to every pair of a source beyond its first `limit` drawn."""
-    drawn = pl.Series([_draw(pair_id, seed) for pair_id in pairs["pair_id"]], dtype=pl.String)
+def _beyond_share(pairs: pl.DataFrame, config: PairsConfig) -> pl.Series:
+    """Keep the reasons there are, and give one to every pair that its source's limit or weight leaves out."""
+    drawn = pl.Series([draw(pair_id, config.seed) for pair_id in pairs["pair_id"]], dtype=pl.String)
     place = (
         pairs.select("origin", "reason", drawn=drawn)
         .with_row_index("at")
@@ -428,93 +296,31 @@ def _beyond_limit(pairs: pl.DataFrame, limit: int, seed: int) -> pl.Series:
         .with_columns(place=pl.col("reason").is_null().cum_sum().over("origin"))
         .sort("at")
     )
-    beyond = pl.when(pl.col("reason").is_null() & (pl.col("place") > limit)).then(pl.lit("beyond pairs.limit"))
-    return place.select(pl.coalesce("reason", beyond)).to_series()
+    left = dict(place.filter(pl.col("reason").is_null()).group_by("origin").len().rows())
+    limits = {name: min(n, config.caps.get(name, n), config.limit or n) for name, n in left.items()}
+    weighed = {name: limits.get(name, 0) / weight for name, weight in config.weights.items()}
+    shares = {name: math.floor(weight * min(weighed.values()) + 1e-9) for name, weight in config.weights.items()}
+    reason = pl.lit(None, pl.String)
+    for why, most in (("weights", shares), ("caps", config.caps), ("limit", dict.fromkeys(left, config.limit))):
+        for name, most_of_it in most.items():
+            if most_of_it is not None:
+                beyond = (pl.col("origin") == name) & (pl.col("place") > most_of_it)
+                reason = pl.when(beyond).then(pl.lit(f"{BEYOND}{why}")).otherwise(reason)
+    return place.select(pl.when(pl.col("reason").is_null()).then(reason).otherwise("reason")).to_series()
 
 
 def _as_dropped(pairs: pl.DataFrame) -> pl.DataFrame:
-    content = pl.when(pl.col("reason") == "beyond pairs.limit").then(pl.lit("")).otherwise("content")
+    content = pl.when(pl.col("reason").str.starts_with(BEYOND)).then(pl.lit("")).otherwise("content")
     return pairs.with_columns(stage=pl.lit("pairs"), content=content).select(list(DROPPED))
-
-
-def _are_messages(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value
-        )
-    )
-
-
-def _has_text(part: Any) -> bool:
-    return bool(part.strip()) if isinstance(part, str) else any(m["content"].strip() for m in part or [])
-
-
-def _rating(row: dict[str, Any], side: str) -> float | None:
-    names = (f"rating_{side}", f"score_{side}", f"{side}_score", f"{side}_rating")
-    return next((value for name in names if (value := _number(row.get(name))) is not None), None)
-
-
-def _number(value: Any) -> float | None:
-    """Read a finite number, in CSV from its text."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _as_json(messages: list[dict[str, Any]]) -> str:
-    """Write messages down the same way whatever the order of their keys and the nulls a table fills in."""
-    ordered = [
-        {key: m[key] for key in sorted(m, key=lambda key: (key != "role", key != "content", key)) if m[key] is not None}
-        for m in messages
-    ]
-    return json.dumps(ordered, ensure_ascii=False, default=str)
-
-
-def _hash(*parts: str | None) -> str:
-    """Content hash, 128 bits in hex: the same text gives the same id on every machine, forever."""
-    return hashlib.blake2b(json.dumps(parts, ensure_ascii=False).encode(), digest_size=16).hexdigest()
-
-
-def _draw(identity: str, seed: int) -> str:
-    """Order ids at random but for good: adding rows does not move the others."""
-    return hashlib.blake2b(f"{seed}:{identity}".encode(), digest_size=16).hexdigest()
 
 
 def _share(identity: str, seed: int) -> float:
     """Place an id at random, but for good, in [0, 1)."""
-    return int(_draw(identity, seed), 16) / 2**128
+    return int(draw(identity, seed), 16) / 2**128
 
 
 def _counted(dropped: pl.DataFrame) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in dropped["reason"].value_counts(sort=True).rows())
-
-
-def _source_names(sources: Sequence[str]) -> dict[str, str]:
-    """Name each source by its file, or as it was given where two files have one name."""
-    names = {source: _source_name(source) for source in sources}
-    return {source: name if list(names.values()).count(name) == 1 else source for source, name in names.items()}
-
-
-def _source_name(source: str) -> str:
-    if is_embedded(source):
-        return source.removeprefix("embedded:")
-    path = Path(source)
-    return path.name.removesuffix(".gz").rsplit(".", 1)[0] if path.exists() else source
-
-
-def _fingerprint(source: str) -> str:
-    """Checksum of a source's content; a hub id stands for itself."""
-    path = pair_file(source) if is_embedded(source) else Path(source)
-    if path.is_file():
-        return sha256(path)
-    if path.is_dir():
-        sums = [sha256(file) for file in sorted(path.glob("*")) if file.is_file()]
-        return hashlib.sha256("".join(sums).encode()).hexdigest()
-    return source
 
 
 if __name__ == "__main__":

@@ -61,7 +61,9 @@ class Run:
         """
         path = self.path / f"{table}.parquet"
         if not path.exists():
-            maker = {"results": "sdpo_eval"}.get(table, "sdpo_data.partition")
+            maker = {"results": "sdpo_eval", "contamination": "sdpo_data.decontaminate"}.get(
+                table, "sdpo_data.partition"
+            )
             raise SdpoError(f"{path} does not exist yet. Make it with: python -m {maker} {self.path}")
         return _read_parquet(path)
 
@@ -76,6 +78,10 @@ class Run:
     @property
     def dropped(self) -> pl.DataFrame:
         return self.read("dropped")
+
+    @property
+    def contamination(self) -> pl.DataFrame:
+        return self.read("contamination")
 
     @property
     def scores(self) -> pl.DataFrame:
@@ -142,6 +148,7 @@ class Run:
                 return
             stage, started = Stage(self, current=False), time.monotonic()
             yield stage
+            sums |= self._identity({}, [table for table in inputs if f"{table}.parquet" in stage.outputs])[1]
             self._record(name, recipe, sums, stage.outputs, time.monotonic() - started)
 
     def is_current(self, name: str, recipe: dict[str, Any], inputs: Sequence[str] = ()) -> bool:
@@ -246,7 +253,11 @@ class Run:
             "versions": _versions(),
         }
         with self._lock():
-            text = json.dumps(self.lineage | {name: entry}, indent=1, ensure_ascii=False)
+            lineage = self.lineage
+            for other in lineage.values():  # a file's checksum stands with the last that wrote it
+                for file in outputs:
+                    other["sha256"].pop(file, None)
+            text = json.dumps(lineage | {name: entry}, indent=1, ensure_ascii=False)
             write_atomically(self.path / "lineage.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
     def _lock(self) -> filelock.BaseFileLock:

@@ -26,7 +26,7 @@ PAIRS = pl.Schema(
 )
 DROPPED = pl.Schema(
     {  # one row per pair that did not come through, and why
-        "stage": pl.String,  # the command that dropped it: "pairs", "score" or "partition"
+        "stage": pl.String,  # the command that dropped it: "pairs", "fix", "decontaminate", "score" or "partition"
         "source": pl.String,
         "row": pl.Int64,  # row in the source, counted from 0; null after reading
         "pair_id": pl.String,  # null where the row never became a pair
@@ -123,6 +123,23 @@ RESULTS = pl.Schema(
         "n": pl.Int64,  # questions behind value
         "n_full": pl.Int64,  # questions the task has: n < n_full is a limited run
         "subset": pl.String,  # "all" or "clean"
+    }
+)
+DOCUMENTS = pl.Schema(
+    {  # one row per text that an evaluation shows a model
+        "protocol": pl.String,
+        "task": pl.String,
+        "item_id": pl.String,  # as in ITEMS
+        "text": pl.String,
+    }
+)
+CONTAMINATION = pl.Schema(
+    {  # one row per pair, evaluated item and rule by which the item stands in the pair
+        "pair_id": pl.String,
+        "task": pl.String,
+        "item_id": pl.String,
+        "rule": pl.String,  # "question", "8-gram" or "13-gram": see decontaminate.py
+        "matched": pl.String,  # the words of the pair
     }
 )
 NULLABLE = {

@@ -22,7 +22,15 @@ ONLY_DOOR = {"trl": "sdpo_train/dpo.py", "peft": "sdpo_train/dpo.py", "lm_eval":
 HEAVY = ("torch", "transformers", "datasets", "trl", "peft", "lm_eval", "accelerate")
 WITHOUT_HEAVY = (
     *("sdpo_data.tables", "sdpo_data.config", "sdpo_data.run", "sdpo_data.console", "sdpo_data.assets"),
-    *("sdpo_data.pairs", "sdpo_data.encode", "sdpo_data.models", "sdpo_data.difficulty", "sdpo_data.score"),
+    *(
+        "sdpo_data.pairs",
+        "sdpo_data.formats",
+        "sdpo_data.sources",
+        "sdpo_data.encode",
+        "sdpo_data.models",
+        "sdpo_data.difficulty",
+        "sdpo_data.score",
+    ),
     *("sdpo_data.partition", "sdpo_train.arms", "sdpo_train.steps", "sdpo_train.__main__"),
     *("sdpo_eval.stats", "sdpo_eval.plots", "sdpo_eval.report"),
 )
@@ -126,6 +134,7 @@ def test_every_setting_says_what_it_does():
 
 def test_shipped_recipes_hold_only_settings_there_are():
     from sdpo_data.config import SECTIONS, read_command, recipes
+    from sdpo_data.decontaminate import DecontaminateConfig
     from sdpo_data.pairs import PairsConfig
     from sdpo_data.partition import PartitionConfig
     from sdpo_data.score import ScoreConfig
@@ -133,7 +142,7 @@ def test_shipped_recipes_hold_only_settings_there_are():
     from sdpo_train import TrainConfig
 
     models = {"pairs": PairsConfig, "score": ScoreConfig, "partition": PartitionConfig, "train": TrainConfig}
-    models["eval"] = EvalConfig
+    models |= {"eval": EvalConfig, "decontaminate": DecontaminateConfig}
     assert set(models) | {"model"} == set(SECTIONS)
     for recipe in recipes():
         read_command("recipe", "", "partition", models, ["no/such/run", "--config", recipe])

@@ -15,6 +15,7 @@ from sdpo_data.console import command
 from sdpo_data.tables import SdpoError
 
 PAIRS, SCORE, PARTITION = "sdpo_data.pairs", "sdpo_data.score", "sdpo_data.partition"
+DECONTAMINATE = "sdpo_data.decontaminate"
 TRAIN, EVAL, REPORT = "sdpo_train", "sdpo_eval", "sdpo_eval.report"
 
 
@@ -73,7 +74,7 @@ def assert_one_sentence(err: str) -> None:
 # --- settings
 
 
-@pytest.mark.parametrize("module", [PAIRS, SCORE, PARTITION, TRAIN, EVAL])
+@pytest.mark.parametrize("module", [PAIRS, DECONTAMINATE, SCORE, PARTITION, TRAIN, EVAL])
 def test_an_unknown_section(refused, run, module):
     (run / "config.yaml").write_text("partitoin: {parts: 2}\n")
     err = refused(module, run)
@@ -84,6 +85,7 @@ def test_an_unknown_section(refused, run, module):
     "module, section, setting, close",
     [
         (PAIRS, "pairs", "limt", "limit"),
+        (DECONTAMINATE, "decontaminate", "rule", "rules"),
         (SCORE, "score", "max_lenght", "max_length"),
         (PARTITION, "partition", "part", "parts"),
         (TRAIN, "train", "learning_rat", "learning_rate"),
@@ -106,6 +108,16 @@ def test_an_unknown_setting(refused, run, module, section, setting, close):
         (PARTITION, ["--pairs.hold-out", "1"], "--pairs.hold-out is 1.0: Input should be less than 1."),
         (PARTITION, ["--config", "nope"], "--config nope is neither a file nor the name of a recipe. There are:"),
         (PAIRS, ["--limit", "-1"], "--limit is -1: Input should be greater than or equal to 1."),
+        (PAIRS, ["--choose", "worst"], "invalid choice 'worst' for argument '--choose'"),
+        (PAIRS, ["--weights", "a", "0"], "--weights is {'a': 0.0}: 'a' must have a number above 0."),
+        (PAIRS, ["--weights", "a", "much"], "--weights"),
+        (PAIRS, ["--weights", "a", "inf"], "--weights.a is inf: Input should be a finite number."),
+        (PAIRS, ["--caps", "a", "-1"], "--caps is {'a': -1}: 'a' must have a number above 0."),
+        (PAIRS, ["--caps", "a"], "--caps"),
+        (DECONTAMINATE, ["--action", "burn"], "invalid choice 'burn' for argument '--action'"),
+        (DECONTAMINATE, ["--coverage", "0"], "--coverage is 0.0: Input should be greater than 0."),
+        (DECONTAMINATE, ["--coverage", "nan"], "--coverage is nan: Input should be a finite number."),
+        (DECONTAMINATE, ["--rules", "9-gram"], "invalid choice '9-gram' for argument '--rules'"),
         (SCORE, ["--dtype", "int8"], "invalid choice 'int8' for argument '--dtype'"),
         (TRAIN, ["--learning-rate", "0"], "--learning-rate is 0.0: Input should be greater than 0."),
         (TRAIN, ["--batch-pairs", "3"], "batch_pairs 3 is not a multiple of device_pairs 2."),
@@ -255,7 +267,7 @@ def test_a_table_whose_input_has_changed(refused, run):
     )
 
 
-@pytest.mark.parametrize("module", [PAIRS, SCORE, PARTITION, TRAIN, EVAL])
+@pytest.mark.parametrize("module", [PAIRS, DECONTAMINATE, SCORE, PARTITION, TRAIN, EVAL])
 def test_a_run_that_is_a_file(refused, tmp_path, module):
     (tmp_path / "run").write_text("precious")
     assert "run is a file. Name a folder; it is made if missing." in refused(module, tmp_path / "run")

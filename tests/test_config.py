@@ -124,7 +124,7 @@ def test_a_mistake_is_said_with_the_file_it_stands_in(read, tmp_path):
         ("3: {}", r"there is no section 3\. It has: model, pairs"),
         ("model: 3", r"model is 3\. Write a folder, a hub id, or embedded:NAME\.$"),
         ("model:", r"model is None\. Write a folder"),
-        ("- train", r"config\.yaml holds a list, expected sections: model, pairs"),
+        ("- train", r"config\.yaml holds a list, expected sections: model, pairs, decontaminate"),
         ("train: [", r"config\.yaml is not YAML: .*line 2"),
         ("train: {minutes: 2, minutes: 3}", r'config\.yaml is not YAML: .*found duplicate key "minutes"'),
         ("a: 1\n---\nb: 2", r"config\.yaml is not YAML: expected a single document"),

@@ -5,7 +5,7 @@ import logging
 
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sdpo_data.pairs import PairsConfig, collect_pairs, read_pairs
@@ -222,7 +222,8 @@ def test_a_rating_that_is_no_number_is_none(read, rating):
         (PLAIN | {"system": 3}, "system is not text"),
         (PLAIN | {"prompt": "\ud800"}, "text is not valid Unicode"),
         ({"chosen": "abc", "rejected": "xyz"}, "empty prompt"),
-        (PLAIN | {"history": [["q", "a"]]}, "a history column: its turns belong into the prompt"),
+        (PLAIN | {"history": [["q"]]}, "history is not a list of turns"),
+        (PLAIN | {"history": "q"}, "history is not a list of turns"),
         ({"chosen": 1, "rejected": 2}, "no prompt, and the answers are neither text nor lists of messages"),
         (
             {"prompt": [said("system", "a"), said("user", "q")], "system": "b", "chosen": "c", "rejected": "r"},
@@ -455,7 +456,7 @@ def test_several_sources_are_read_in_their_order(tmp_path):
 )
 def test_a_hub_id_may_name_a_split_and_a_version(monkeypatch, source, asked):
     calls = []
-    monkeypatch.setattr("sdpo_data.pairs.hub_dataset", lambda *given: calls.append(given) or [PLAIN])
+    monkeypatch.setattr("sdpo_data.sources.hub_dataset", lambda *given: calls.append(given) or [PLAIN])
     assert read_pairs(source)["source"].to_list() == [source]
     assert calls == [asked]
 
@@ -535,10 +536,17 @@ MESSAGE = st.fixed_dictionaries(
     optional={"name": st.none() | st.just("n") | JSON},
 )
 CELL = CONTENT | st.lists(MESSAGE | JSON, max_size=3) | st.lists(MESSAGE, min_size=1, max_size=3)
+RATING = st.sampled_from([1, 2.5, "3", None, float("nan"), float("-inf"), 10**400]) | JSON
 LIKELY = {  # beside any cell
     "preference": st.sampled_from([1, 2, 0, "1", 2.0]),
     "label": st.sampled_from([0, 1, "1", -1]),
     "format": st.sampled_from(["messages", "text"]),
+    "output": st.lists(CELL, min_size=2, max_size=2),
+    "responses": st.lists(CELL, max_size=4),
+    "ratings": st.lists(RATING, max_size=4),
+    "completions": st.lists(
+        st.fixed_dictionaries({"response": CELL}, optional={"overall_score": RATING, "rank": RATING}) | CELL, max_size=4
+    ),
 }
 FORM_COLUMNS = [
     ("prompt", "chosen", "rejected"),
@@ -546,8 +554,19 @@ FORM_COLUMNS = [
     ("instruction", "output_1", "output_2", "preference"),
     ("goal", "sol1", "sol2", "label"),
     ("pair_id", "format", "prompt", "chosen", "rejected"),
+    ("conversations", "chosen", "rejected"),
+    ("messages", "rejected_response"),
+    ("messages", "rejected_messages"),
+    ("messages", "chosen", "rejected"),
+    ("instruction", "input", "chosen", "rejected"),
+    ("instruction", "chosen_response", "rejected_response"),
+    ("instruction", "output"),
+    ("prompt", "responses", "ratings"),
+    ("instruction", "completions"),
 ]
-EXTRA = st.sampled_from(["prompt", "chosen", "system", "source", "history", "input", "score_chosen", "label"])
+EXTRA = st.sampled_from(
+    ["prompt", "chosen", "system", "source", "history", "input", "score_chosen", "label", "tools", "messages", "ranks"]
+)
 
 
 @st.composite
@@ -564,8 +583,11 @@ def table_rows(draw) -> dict:
     st.lists(table_rows() | JSON, max_size=8),
     st.lists(st.binary(max_size=20), max_size=2),
     st.sampled_from(["auto", "messages", "text"]),
+    st.sampled_from(["best_worst", "best_random"]),  # all: see test_formats.py, whose rows stand for several pairs
 )
-def test_every_row_is_a_pair_or_held_out_or_dropped_with_a_reason(tmp_path_factory, rows, garbage, prompt_format):
+def test_every_row_is_a_pair_or_held_out_or_dropped_with_a_reason(
+    tmp_path_factory, rows, garbage, prompt_format, choose
+):
     folder = tmp_path_factory.getbasetemp()
     rows = [*rows, PLAIN, PLAIN, PLAIN | {"prompt": "other"}]
     (folder / "any.json").write_text(json.dumps(rows))
@@ -573,7 +595,9 @@ def test_every_row_is_a_pair_or_held_out_or_dropped_with_a_reason(tmp_path_facto
     (folder / "any.jsonl").write_bytes(b"\n".join(lines))
     for name, count in (("any.json", len(rows)), ("any.jsonl", len(lines))):
         # by seed 2 "other" is trained on and "p" held out: neither table is empty
-        config = PairsConfig(source=[str(folder / name)], hold_out=0.3, seed=2, prompt_format=prompt_format)
+        config = PairsConfig(
+            source=[str(folder / name)], hold_out=0.3, seed=2, prompt_format=prompt_format, choose=choose
+        )
         got = collect_pairs(config)
         assert got.pairs.height + got.held_out.height + got.dropped.height == count
         assert got.dropped["row"].n_unique() == got.dropped.height
@@ -584,6 +608,32 @@ def test_every_row_is_a_pair_or_held_out_or_dropped_with_a_reason(tmp_path_facto
                 turns = json.loads(pair[name]) if pair["format"] == "messages" else [said("", pair[name])]
                 assert any(message["content"].strip() for message in turns)
             assert pair["chosen"] != pair["rejected"]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl.gz", ".csv", ".json", ".jsonl"])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=4), st.floats(0.05, 1))
+def test_a_damaged_file_is_read_or_refused_in_one_sentence(tmp_path, suffix, changes, kept):
+    content = bytearray(write(TEXT_ROWS, tmp_path, suffix).read_bytes())
+    for place, byte in changes:
+        content[int(place * len(content))] = byte
+    path = tmp_path / f"damaged{suffix}"
+    path.write_bytes(content[: int(kept * len(content)) + 1])
+    said = ""
+    try:
+        check(collect_pairs(PairsConfig(source=[str(path)], hold_out=0)).pairs, PAIRS, "pairs")
+    except SdpoError as error:
+        said = str(error)
+    assert not said or (str(path) in said and "\n" not in said)
+
+
+def test_a_parquet_file_on_which_polars_panics_is_refused(tmp_path, monkeypatch):
+    def panic(_: object) -> None:
+        raise pl.exceptions.PanicException("called `Result::unwrap()`")
+
+    monkeypatch.setattr(pl, "read_parquet", panic)
+    with pytest.raises(SdpoError, match=r"data\.parquet cannot be read \(called `Result"):
+        read_pairs(write(TEXT_ROWS, tmp_path, ".parquet"))
 
 
 # --- real data

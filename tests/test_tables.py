@@ -2,6 +2,8 @@ import polars as pl
 import pytest
 
 from sdpo_data.tables import (
+    CONTAMINATION,
+    DOCUMENTS,
     DROPPED,
     ITEMS,
     LOGP_MARGIN,
@@ -22,6 +24,7 @@ from sdpo_data.tables import (
 SCHEMAS = {
     "PAIRS": PAIRS, "DROPPED": DROPPED, "SCORES": SCORES, "PARTITION": PARTITION,
     "STEPS": STEPS, "METRICS": METRICS, "ITEMS": ITEMS, "RESULTS": RESULTS,
+    "DOCUMENTS": DOCUMENTS, "CONTAMINATION": CONTAMINATION,
 }  # fmt: skip
 
 # margins: -10 + 12 = 2, -9 + 4 = -5, -7 + 7 = 0

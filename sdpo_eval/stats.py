@@ -146,7 +146,7 @@ class Effect:
 class _Stratum:
     """What resampling one stratum's mean takes."""
 
-    pool: Array
+    pool: NDArray
     """Residue of every cluster it can draw: the sum of its values' distances from the mean."""
     draws: int
     questions: int
@@ -322,9 +322,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted.tolist()
 
 
-def judge(effect: Effect, p: float | None = None, alpha: float = ALPHA) -> str:
-    """Say "better", "worse" or "not distinguishable", by `p`, or by the effect's own where there is no other."""
-    p = effect.p if p is None else p
+def judge(effect: float, p: float | None, alpha: float = ALPHA) -> str:
+    """Say "better", "worse" or "not distinguishable"; without a p-value it is the last."""
     if p is None or p >= alpha:
         return "not distinguishable"
-    return "better" if effect.value > 0 else "worse"
+    return "better" if effect > 0 else "worse"

@@ -62,7 +62,8 @@ def error_of_arms(*, seeds: int, questions: int, noise: tuple[float, float, floa
 
 
 def share_found(compare: Callable[[int], Effect], rounds: int) -> float:
-    return float(np.mean([judge(compare(number)) != "not distinguishable" for number in range(rounds)]))
+    effects = map(compare, range(rounds))
+    return float(np.mean([judge(effect.value, effect.p) != "not distinguishable" for effect in effects]))
 
 
 def checkpoints(questions: int, shift: float, rounds: int, disagree: float = 0.2) -> float:
@@ -123,7 +124,7 @@ def families(rounds: int, size: int, true: int) -> float:
         shifts = [12.0] * true + [0.0] * (size - true)
         effects = [compare_checkpoints(answers_of_two(draw, 150, shift), resamples=999) for shift in shifts]
         p_values = [1.0 if effect.p is None else effect.p for effect in effects]
-        verdicts = [judge(effect, p) for effect, p in zip(effects, holm(p_values), strict=True)]
+        verdicts = [judge(effect.value, p) for effect, p in zip(effects, holm(p_values), strict=True)]
         wrong += any(verdict != "not distinguishable" for verdict in verdicts[true:])
     return wrong / rounds
 

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import special
 
 ALPHA = 0.05
 POWER = 0.8
@@ -240,9 +240,9 @@ def compare_methods(tasks: Sequence[Differences], *, alpha: float = ALPHA) -> Ef
     ) / (len(tasks) ** 2 * seeds * (seeds - 1))
     variance = max(of_seeds + of_questions - rest, of_seeds, of_questions)
     freedom = variance**2 / (of_seeds**2 / (seeds - 1) + of_questions**2 / sum(task.units for task in tasks))
-    stderr, student = math.sqrt(variance), stats.t(freedom)
-    reach = float(student.ppf(1 - alpha / 2)) * stderr
-    p = float(2 * student.sf(abs(value) / stderr))
+    stderr = math.sqrt(variance)
+    reach = float(special.stdtrit(freedom, 1 - alpha / 2)) * stderr
+    p = 2 * float(special.stdtr(freedom, -abs(value) / stderr))
     return Effect(
         value, stderr, value - reach, value + reach, p, detectable_difference(stderr, freedom=freedom), n, seeds
     )
@@ -282,7 +282,7 @@ def detectable_difference(
     Source: (z(1 - alpha / 2) + z(power)) * SE, arXiv 2411.00640, section 5; Student's t for z
         where the degrees of freedom are few.
     """
-    return float(stats.t.ppf(1 - alpha / 2, freedom) + stats.t.ppf(power, freedom)) * stderr
+    return float(special.stdtrit(freedom, 1 - alpha / 2) + special.stdtrit(freedom, power)) * stderr
 
 
 def questions_needed(stderr: float, n: int, difference: float, *, power: float = POWER, alpha: float = ALPHA) -> int:
@@ -307,7 +307,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
     fewer, n = min(only_first, only_second), only_first + only_second
     if only_first == only_second:
         return 1.0
-    return float(2 * stats.binom.cdf(fewer, n, 0.5) - stats.binom.pmf(fewer, n, 0.5))
+    return float(special.bdtr(fewer, n, 0.5) + special.bdtr(fewer - 1, n, 0.5)) if fewer else 0.5**n
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -225,6 +225,7 @@ def test_mcnemar_by_hand():
     # 1 against 4: two-sided exact 2 * (1 + 5) / 32 = 0.375; mid-p takes off one P(1 of 5) = 5/32: 7/32
     assert mcnemar(1, 4) == pytest.approx(7 / 32)
     assert mcnemar(4, 1) == pytest.approx(7 / 32)
+    assert mcnemar(0, 3) == 1 / 8  # 2 * 1/8 - 1/8
     assert mcnemar(3, 3) == mcnemar(0, 0) == 1
 
 

@@ -125,8 +125,8 @@ def contrast_models(
     the primary verdict is the one on the methods.
 
     HellaSwag's questions from one source document are one cluster where the items say so in a
-    column `cluster`; without it each counts as its own, and standard errors come out too small
-    by at most a few percent (8,407 documents, 1.58 questions per question's document).
+    column `cluster`. Without it each counts as its own, and its standard error comes out too small:
+    3 % if the differences within a document correlate by 0.1 (8,407 documents of 10,042 questions).
 
     Returns:
         CONTRASTS frame: H4 first, then tasks in the order of TASKS.

@@ -164,6 +164,14 @@ def test_the_primary_contrast_alone_is_not_adjusted():
     assert not contrast_models(pairs, CompareConfig(primary="dpo - sdpo"))["primary"].any()
 
 
+def test_methods_are_judged_on_what_every_seed_was_asked():
+    sdpo, dpo = seeds("sdpo", 5), seeds("dpo", 5)
+    late = (pl.col("seed") == 3) & pl.col("item_id").is_in([f"arc_challenge/{number}" for number in range(50, 60)])
+    got = contrast_models([(side(sdpo.filter(~late)), side(dpo))])
+    assert got["n"].to_list() == [60, 60, 60, 50, 60, 50]
+    assert got["effect"].null_count() == 0
+
+
 def test_several_seeds_leave_the_primary_to_the_methods():
     config = CompareConfig(primary_task="arc_challenge")
     got = contrast_models([(side(seeds("sdpo", 5)), side(seeds("dpo", 5)))], config)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import pydantic
 import ruamel.yaml
@@ -21,7 +21,7 @@ from sdpo_data.run import Run, write_atomically
 from sdpo_data.tables import SdpoError
 
 DEFAULT_MODEL = "embedded:smollm2-135m"
-SECTIONS = ("model", "pairs", "decontaminate", "score", "partition", "train", "eval")
+SECTIONS = ("model", "pairs", "decontaminate", "score", "partition", "train", "eval", "compare")
 
 
 class Settings(pydantic.BaseModel):
@@ -30,6 +30,9 @@ class Settings(pydantic.BaseModel):
     model_config = pydantic.ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+
+SettingsModel = TypeVar("SettingsModel", bound=Settings)
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,15 @@ class Command:
     def save(self) -> None:
         """Merge the settings into RUN/config.yaml. Call it once the work they ask for is done."""
         merge_config(self.run, self.file)
+
+
+def read_section(run: Run, name: str, model: type[SettingsModel]) -> SettingsModel:
+    """Read one section of RUN/config.yaml; the defaults where there is none.
+
+    Raises:
+        SdpoError: the file is not what a config is, or the section holds what the model does not know.
+    """
+    return _section(model, name, _read_files(run.path, None))
 
 
 def merge_config(run: Run, sections: dict[str, Any]) -> None:
@@ -243,7 +255,7 @@ def _merged(files: dict[Path, dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def _section(model: type[Settings], name: str, files: dict[Path, dict[str, Any]]) -> Settings:
+def _section(model: type[SettingsModel], name: str, files: dict[Path, dict[str, Any]]) -> SettingsModel:
     """Validate one section of the merged files; a mistake is said with the file it stands in."""
     try:
         return model.model_validate(_merged(files).get(name) or {})

@@ -150,10 +150,7 @@ def main() -> None:
     assert isinstance(config, PartitionConfig)
     difficulty = _difficulty(config)  # refuse what cannot work before the hour of scoring, not after it
     made = call.run.lineage.get("partition")
-    if workers.is_main():
-        make_pairs(call)
-    workers.wait()
-    pairs = call.run.pairs
+    pairs = workers.main_first(lambda: make_pairs(call), lambda: call.run.pairs)
     _check_ahead(difficulty, pairs, call)
     scores = make_scores(call, pairs)
     if not workers.is_main():

@@ -286,10 +286,8 @@ def main() -> None:
     sections: dict[str, type[Settings]] = {"score": ScoreConfig, "pairs": PairsConfig}
     call = read_command("python -m sdpo_data.score", __doc__, "score", sections)
     made = call.run.lineage.get("scores")
-    if workers.is_main():
-        make_pairs(call)
-    workers.wait()
-    scores = make_scores(call, call.run.pairs, asked=True)
+    pairs = workers.main_first(lambda: make_pairs(call), lambda: call.run.pairs)
+    scores = make_scores(call, pairs, asked=True)
     if not workers.is_main():
         return
     call.save()

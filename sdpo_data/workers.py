@@ -6,11 +6,13 @@ One process alone needs neither torch nor accelerate here.
 import contextlib
 import datetime
 import os
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from sdpo_data.run import Run, Stage
+
+Made = TypeVar("Made")
 
 PATIENCE = datetime.timedelta(days=7)  # the slowest process may take its time
 
@@ -63,6 +65,13 @@ def main_stage(
     else:
         yield Stage(run, current=share(None))
     wait()  # what the main process wrote is there for all
+
+
+def main_first(make: Callable[[], Made], read: Callable[[], Made]) -> Made:
+    """Have the main process make a thing, and the others read it when it is there."""
+    made = make() if is_main() else None
+    wait()
+    return read() if made is None else made
 
 
 def wait() -> None:

@@ -5,7 +5,8 @@ Names load on first use, so that the report never imports torch or lm_eval.
 
 from importlib import import_module
 
-_HOME = {"EvalConfig": "harness", "Report": "report", "evaluate": "harness"}
+_HOME = {"EvalConfig": "harness", "Report": "report", "compare_models": "compare", "evaluate": "harness"}
+_HOME |= {"CompareConfig": "contrasts", "score_held_out": "held_out"}
 __all__ = sorted(_HOME)
 
 

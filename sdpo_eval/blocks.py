@@ -27,10 +27,14 @@ class Estimate:
     n: int
     digits: int = 1
     signed: bool = False
+    ends: tuple[float, float] | None = None
+    """Of the 95 % interval, where it is not the normal distribution's."""
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """Of 95 %, by the normal distribution; None where there is no standard error."""
+        """Of 95 %, by the normal distribution if nothing else is known; None where there is no standard error."""
+        if self.ends:
+            return self.ends
         if self.stderr is None:
             return None
         return self.value - NORMAL_95 * self.stderr, self.value + NORMAL_95 * self.stderr

@@ -3,12 +3,14 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import polars as pl
 import ruamel.yaml
 
+from sdpo_data.config import read_section
 from sdpo_data.intervals import clustered_means
 from sdpo_data.run import Run
 from sdpo_data.tables import (
@@ -26,11 +28,13 @@ from sdpo_data.tables import (
     SdpoError,
     check,
 )
-from sdpo_eval.h4 import summarise_items
+from sdpo_eval.contrasts import CompareConfig, Side, contrast_models
 
 UNIT = ["arm", "seed", "step"]
 Model = tuple[str, int, int]
 """arm, seed, step; step 0 is the base model."""
+HELD_OUT_SCORES = pl.Schema({**{name: STEPS[name] for name in UNIT}, **SCORES})
+"""SCORES of the held-out pairs under each model; step 0 of arm "base" is the base model."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,15 @@ class Evidence:
     items: pl.DataFrame
     references: pl.DataFrame
     """SCORES of every step's pairs under that step's reference, with arm, seed and step."""
+    held_out_scores: pl.DataFrame
+    documents: pl.DataFrame | None
+    """protocol, task, item_id and text of the questions, where evaluation wrote them."""
+    compare: CompareConfig
+
+    @cached_property
+    def contrasts(self) -> pl.DataFrame:
+        """What `pair_sides` sets against each other, judged by scores: a CONTRASTS frame."""
+        return contrast_models(pair_sides(self), self.compare)
 
 
 def read_evidence(run: Run) -> Evidence:
@@ -82,7 +95,17 @@ def read_evidence(run: Run) -> Evidence:
         metrics=check(run.metrics, METRICS, "metrics.parquet"),
         items=check(run.items, ITEMS, "items"),
         references=_references(run),
+        held_out_scores=read_held_out(run),
+        documents=run.read("documents") if (run.path / "documents.parquet").exists() else None,
+        compare=read_section(run, "compare", CompareConfig),
     )
+
+
+def read_held_out(run: Run) -> pl.DataFrame:
+    """Read what `held_out.score_held_out` has written so far: a HELD_OUT_SCORES frame."""
+    tables = [f"held_out_scores/{file.stem}" for file in sorted(run.path.glob("held_out_scores/*.parquet"))]
+    frames = [check(run.read(table), HELD_OUT_SCORES, table) for table in tables]
+    return pl.concat([HELD_OUT_SCORES.to_frame(), *frames]).sort(*UNIT, "pair_id")
 
 
 def _settings(path: Path, text: str) -> dict[str, Any]:
@@ -96,7 +119,7 @@ def _settings(path: Path, text: str) -> dict[str, Any]:
 
 
 def _references(run: Run) -> pl.DataFrame:
-    frames = [pl.DataFrame(schema={**{name: STEPS[name] for name in UNIT}, **SCORES})]
+    frames = [HELD_OUT_SCORES.to_frame()]
     for arm, seed, step in run.steps.select(UNIT).rows():
         path = run.path / f"arms/{arm}/seed_{seed}/step_{step}/reference_scores.parquet"
         if path.exists():
@@ -113,28 +136,43 @@ def comparable_results(results: pl.DataFrame, subset: str = "all") -> pl.DataFra
     return results.join(asked.unique("task", keep="first"), on=["task", "protocol"], how="semi", maintain_order="left")
 
 
-def paired_differences(items: pl.DataFrame, results: pl.DataFrame, first: Model, second: Model) -> pl.DataFrame:
-    """Average first - second over the questions that both answered: the differences are summed up as items are.
+def find_base(results: pl.DataFrame) -> Model | None:
+    rows = results.filter(arm="base", step=0).select(UNIT).rows()
+    return rows[0] if rows else None
 
-    Args:
-        items: ITEMS frame.
-        results: RESULTS, one protocol per task; only those protocols count.
 
-    Returns:
-        RESULTS frame, value and stderr of the difference in points; a row per shared task, and H4
-        where all four are shared. It compares these two checkpoints, not the methods behind them.
+def find_lasts(results: pl.DataFrame) -> list[Model]:
+    """Find the last model of every arm and seed, sdpo's first."""
+    others = results.filter(pl.col("arm") != "base").group_by("arm", "seed").agg(pl.col("step").max())
+    return others.sort(pl.col("arm") != "sdpo", "arm", "seed").select(UNIT).rows()
 
-    Source: item-paired standard errors, arXiv 2411.00640.
+
+def pair_sides(evidence: Evidence) -> list[tuple[Side, Side]]:
+    """Set every arm's last models against the base model, and sDPO's against every other arm's.
+
+    Seeds that end at different steps make different sides; sides of several seeds each, none of
+    them shared, are not set against each other.
     """
-    question = ["protocol", "task", "item_id"]
-    items = items.join(results, on=["protocol", "task"], how="semi")
-    other = _of(items, second).select(*question, other="score")
-    both = _of(items, first).join(other, on=question, maintain_order="left")
-    return summarise_items(both.with_columns(score=pl.col("score") - pl.col("other")).select(list(ITEMS)))
+    results = comparable_results(evidence.results)
+    items = evidence.items.join(results, on=["protocol", "task"], how="semi")
+
+    def side(arm: str, step: int, seeds: list[int]) -> Side:
+        own = items.filter(pl.col("arm") == arm, pl.col("step") == step, pl.col("seed").is_in(seeds))
+        return Side(f"{arm} step {step}" if step else arm, arm, own)
+
+    ends: dict[tuple[str, int], list[int]] = {}
+    for arm, seed, step in find_lasts(results):
+        ends.setdefault((arm, step), []).append(seed)
+    lasts = [side(arm, step, seeds) for (arm, step), seeds in ends.items()]
+    base = side("base", 0, [0]) if find_base(results) else None
+    pairs = [(last, base) for last in lasts if base]
+    pairs += [(one, two) for one in lasts for two in lasts if one.arm == "sdpo" != two.arm]
+    return [(one, two) for one, two in pairs if _comparable(one, two)]
 
 
-def _of(frame: pl.DataFrame, model: Model) -> pl.DataFrame:
-    return frame.filter(arm=model[0], seed=model[1], step=model[2])
+def _comparable(one: Side, two: Side) -> bool:
+    ones, twos = ({seed for seed, _ in side.models} for side in (one, two))
+    return bool(ones and twos) and (len(ones) == 1 or len(twos) == 1 or bool(ones & twos))
 
 
 def measure_references(evidence: Evidence) -> pl.DataFrame:

@@ -25,6 +25,7 @@ READS = (
     "arms/*/seed_*/*.parquet",
     "arms/*/seed_*/step_*/*.parquet",
     "items/*.parquet",
+    "held_out_scores/*.parquet",
     "*.yaml",
     "lineage.json",
 )

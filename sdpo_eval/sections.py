@@ -11,6 +11,7 @@ from sdpo_data.difficulty import Difficulty, difficulty_named, length_correlatio
 from sdpo_data.tables import TOKEN_DIFFERENCE, SdpoError
 from sdpo_eval import plots
 from sdpo_eval.blocks import Block, Drawing, Estimate, Listing, Prose, Quotes, Section, Table, write_number
+from sdpo_eval.detail import tell_changes, tell_held_out
 from sdpo_eval.evidence import UNIT, Evidence, edge_pairs, measure_references, summarise_margins
 from sdpo_eval.plots import LOG_2
 from sdpo_eval.verdict import name_command, tell_h4, tell_verdict
@@ -21,6 +22,8 @@ def write_sections(evidence: Evidence) -> list[Section]:
     told: list[tuple[str, str, Callable[[Evidence], Iterator[Block]]]] = [
         ("verdict", "Verdict", tell_verdict),
         ("h4", "H4 by step and task", tell_h4),
+        ("changes", "What changed, question by question", tell_changes),
+        ("held_out", "Held-out pairs by step", tell_held_out),
         ("reference", "What the references think of the pairs", _reference),
         ("training", "Training, step by step", _training),
         ("parts", "The parts, from easy to hard", _parts),

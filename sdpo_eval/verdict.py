@@ -8,11 +8,11 @@ import polars as pl
 
 from sdpo_eval import plots
 from sdpo_eval.blocks import Block, Drawing, Estimate, Missing, Prose, Table
-from sdpo_eval.evidence import UNIT, Evidence, Model, comparable_results, paired_differences
+from sdpo_eval.contrasts import METHODS, tell_kind
+from sdpo_eval.evidence import UNIT, Evidence, Model, comparable_results, find_base, find_lasts
 from sdpo_eval.h4 import MEAN, TASKS
 
 TITLES = {name: task.title for name, task in TASKS.items()} | {MEAN: "H4"}
-ENOUGH_SEEDS = 5  # fewer tell checkpoints apart, not methods
 ENOUGH_QUESTIONS = 500  # with fewer, a task's standard error is above 2 points
 
 
@@ -30,24 +30,33 @@ def tell_verdict(evidence: Evidence) -> Iterator[Block]:
         yield name_command(evidence, what, "sdpo_eval", "--truthfulqa FILE" if "TruthfulQA" in missing else "")
     spoken = [MEAN] if MEAN in results["task"] else [name for name in TASKS if name in results["task"]]
     for task in spoken:
-        models = [model for model in (_base(results), *_lasts(results)) if model]
+        models = [model for model in (find_base(results), *find_lasts(results)) if model]
         scores = [f"{_called(model, results)} {score}" for model in models if (score := _score(results, model, task))]
         yield Prose(f"{TITLES[task]}: {', '.join(scores)}.")
+    yield from _tell_contrasts(evidence, spoken)
+
+
+def _tell_contrasts(evidence: Evidence, tasks: list[str]) -> Iterator[Prose]:
+    """Say each contrast's verdict: the one on the methods where there is one, else the checkpoints'."""
+    contrasts = evidence.contrasts
+    if contrasts.is_empty():
+        return
+    best = pl.col("verdict_on").eq(METHODS) | ~pl.lit(METHODS in contrasts["verdict_on"])
     told: dict[str, list[str]] = {}
-    for row in _contrasts(evidence, results):
-        if row["task"] in [TITLES[task] for task in spoken]:
-            interval = f" {row['95_%_interval']}" if row["difference"].interval else ""
-            said = f"{row['task']} {row['difference'].number}{interval}, {row['verdict']}"
-            told.setdefault(row["contrast"], []).append(said)
+    for row in contrasts.filter(best, pl.col("task").is_in(tasks)).iter_rows(named=True):
+        difference = as_difference(row)
+        interval = f" {difference.interval_shown}" if difference.interval else ""
+        said = f"{TITLES[row['task']]} {difference.number}{interval}, {row['verdict']}"
+        told.setdefault(f"{name_contrast(row)} ({row['verdict_on']})", []).append(said)
     for contrast, said in told.items():
         yield Prose(f"{contrast}, over the same questions: {'; '.join(said)}.")
-    if told:
-        seeds = results.filter(pl.col("step") > 0).group_by("arm").agg(pl.col("seed").n_unique())["seed"].min()
-        if isinstance(seeds, int) and seeds < ENOUGH_SEEDS:
-            yield Prose(
-                f"These are checkpoints, not methods: with {seeds} seed{'' if seeds == 1 else 's'} per arm, how much "
-                "another seed would change is not known well enough."
-            )
+    yield Prose(tell_kind(contrasts))
+    config = evidence.compare
+    wanted = f"{config.primary} by {TITLES.get(config.primary_task, config.primary_task)}"
+    if contrasts["primary"].any():
+        yield Prose(f"The primary contrast is {wanted}; the verdicts of all others are adjusted for being several.")
+    else:
+        yield Prose(f"All verdicts are adjusted for being several; {wanted}, the primary one, is not among them once.")
 
 
 def tell_h4(evidence: Evidence) -> Iterator[Block]:
@@ -60,10 +69,10 @@ def tell_h4(evidence: Evidence) -> Iterator[Block]:
     chance = {name: task.chance for name, task in TASKS.items()}
     yield Drawing("tasks", lambda: plots.plot_tasks(results, chance, TITLES))
     yield Table("scores", "Points of 100 ± standard error (n questions)", _score_rows(results))
-    contrasts = _contrasts(evidence, results)
-    if contrasts:
-        title = "Differences over the same questions, in points; the intervals are not adjusted for looking at several"
-        yield Table("differences", title, contrasts)
+    rows = [_contrast_row(row) for row in evidence.contrasts.iter_rows(named=True)]
+    if rows:
+        title = "Differences over the same questions, in points; verdicts are adjusted for being several, intervals not"
+        yield Table("contrasts", title, rows)
     clean = comparable_results(evidence.results, "clean")
     if clean.height:
         yield Table(
@@ -107,39 +116,26 @@ def _score_rows(results: pl.DataFrame) -> list[dict[str, Any]]:
     return [*rows, {"model": "guessing"} | chance]
 
 
-def _contrasts(evidence: Evidence, results: pl.DataFrame) -> list[dict[str, Any]]:
-    """Set every arm's last model against the base model, and sDPO's against DPO's of the same seed."""
-    base, lasts = _base(results), _lasts(results)
-    pairs = [(last, base) for last in lasts if base]
-    pairs += [(one, two) for one in lasts for two in lasts if (one[0], two[0], one[1]) == ("sdpo", "dpo", two[1])]
-    rows = []
-    for first, second in pairs:
-        name = f"{_called(first, results)} − {_called(second, results)}"
-        for row in paired_differences(evidence.items, results, first, second).iter_rows(named=True):
-            difference = Estimate(row["value"], row["stderr"], row["n"], digits=2, signed=True)
-            rows.append({
-                "contrast": name, "task": TITLES[row["task"]], "difference": difference,
-                "95_%_interval": difference.interval_shown, "verdict": _judged(difference),
-            })  # fmt: skip
-    return sorted(rows, key=lambda row: row["task"] != TITLES[MEAN])
+def name_contrast(row: dict[str, Any]) -> str:
+    """Name a row of CONTRASTS, or another that has first and second."""
+    return f"{row['first']} − {row['second']}"
 
 
-def _judged(difference: Estimate) -> str:
-    if difference.interval is None:  # one question, or the same answers to all
-        return "not distinguishable"
-    low, high = difference.interval
-    return "higher" if low > 0 else "lower" if high < 0 else "not distinguishable"
+def as_difference(row: dict[str, Any]) -> Estimate:
+    """Give a row's effect with its error; the interval is that of the test, which need not lie evenly about it."""
+    ends = None if row["low"] is None else (row["low"], row["high"])
+    return Estimate(row["effect"], row["stderr"], row["n"], digits=2, signed=True, ends=ends)
 
 
-def _base(results: pl.DataFrame) -> Model | None:
-    rows = results.filter(arm="base", step=0).select(UNIT).rows()
-    return rows[0] if rows else None
-
-
-def _lasts(results: pl.DataFrame) -> list[Model]:
-    """Find the last model of every arm and seed, sdpo's first."""
-    others = results.filter(pl.col("arm") != "base").group_by("arm", "seed").agg(pl.col("step").max())
-    return others.sort(pl.col("arm") != "sdpo", "arm", "seed").select(UNIT).rows()
+def _contrast_row(row: dict[str, Any]) -> dict[str, Any]:
+    difference = as_difference(row)
+    return {
+        "contrast": name_contrast(row), "verdict_on": row["verdict_on"], "task": TITLES.get(row["task"], row["task"]),
+        "difference": difference, "95_%_interval": difference.interval_shown, "seeds": row["seeds"],
+        "p_adjusted": round(row["p_holm"], 4), "verdict": row["verdict"],
+        "found_with_80_%": None if row["detectable"] is None else f"{row['detectable']:.2f}",
+        "questions_for_1_point": row["n_for_1_point"],
+    }  # fmt: skip
 
 
 def _called(model: Model, results: pl.DataFrame) -> str:

@@ -32,7 +32,7 @@ WITHOUT_HEAVY = (
         "sdpo_data.score",
     ),
     *("sdpo_data.partition", "sdpo_train.arms", "sdpo_train.steps", "sdpo_train.__main__"),
-    *("sdpo_eval.stats", "sdpo_eval.plots", "sdpo_eval.report"),
+    *("sdpo_eval.stats", "sdpo_eval.plots", "sdpo_eval.report", "sdpo_eval.compare", "sdpo_eval.held_out"),
 )
 
 
@@ -138,11 +138,11 @@ def test_shipped_recipes_hold_only_settings_there_are():
     from sdpo_data.pairs import PairsConfig
     from sdpo_data.partition import PartitionConfig
     from sdpo_data.score import ScoreConfig
-    from sdpo_eval import EvalConfig
+    from sdpo_eval import CompareConfig, EvalConfig
     from sdpo_train import TrainConfig
 
     models = {"pairs": PairsConfig, "score": ScoreConfig, "partition": PartitionConfig, "train": TrainConfig}
-    models |= {"eval": EvalConfig, "decontaminate": DecontaminateConfig}
+    models |= {"eval": EvalConfig, "decontaminate": DecontaminateConfig, "compare": CompareConfig}
     assert set(models) | {"model"} == set(SECTIONS)
     for recipe in recipes():
         read_command("recipe", "", "partition", models, ["no/such/run", "--config", recipe])

@@ -16,9 +16,9 @@ from made_run import KEYS, make_run, write
 from markdown_it import MarkdownIt
 
 import sdpo_eval
-from sdpo_data.tables import ITEMS, PAIRS, RESULTS, SCORES, STEPS, SdpoError
+from sdpo_data.tables import PAIRS, RESULTS, SCORES, STEPS, SdpoError
 from sdpo_eval.blocks import Estimate, write_number
-from sdpo_eval.evidence import comparable_results, paired_differences, read_evidence, summarise_margins
+from sdpo_eval.evidence import comparable_results, read_evidence, summarise_margins
 from sdpo_eval.render import LONGEST_ANSWER, visible
 from sdpo_eval.report import Report, main
 
@@ -91,7 +91,7 @@ def test_the_whole_report_is_written_and_small(own_run):
     assert page == own_run / "report.html"
     content = page.read_text("utf-8")
     assert set(re.findall(r'<figure id="figure-(\w+)">', content)) == FIGURES
-    sections = ["verdict", "h4", "reference", "training", "parts", "data", "cost", "reproduce"]
+    sections = ["verdict", "h4", "changes", "held_out", "reference", "training", "parts", "data", "cost", "reproduce"]
     assert re.findall(r'<section id="(\w+)">', content) == sections
     assert re.findall(r'<a href="#(\w+)">', content) == sections
     assert len(content) < 5e6
@@ -162,13 +162,13 @@ def test_verdict_on_a_difference_by_its_interval(own_run):
         model = {"arm": pl.lit(arm), "step": pl.lit(step, pl.Int64), "model_key": pl.lit(KEYS[arm, step])}
         scores = pl.Series([0.5 + change[i % 2] for i in range(base.height)])
         base.with_columns(**model, score=scores).write_parquet(own_run / f"items/{arm}-0-{step}-hellaswag.parquet")
-    rows = json.loads(Report(own_run).json())["tables"]["h4"]["differences"]["rows"]
+    rows = json.loads(Report(own_run).json())["tables"]["h4"]["contrasts"]["rows"]
     told = {(row["contrast"], row["task"]): row for row in rows}
     assert told["sdpo step 2 − base", "HellaSwag"]["difference"]["value"] == pytest.approx(20)
-    assert told["sdpo step 2 − base", "HellaSwag"]["verdict"] == "higher"
+    assert told["sdpo step 2 − base", "HellaSwag"]["verdict"] == "better"
     assert told["dpo step 1 − base", "HellaSwag"]["verdict"] == "not distinguishable"
-    assert told["sdpo step 2 − dpo step 1", "HellaSwag"]["verdict"] == "higher"
-    assert "These are checkpoints, not methods" in said(own_run)
+    assert told["sdpo step 2 − dpo step 1", "HellaSwag"]["verdict"] == "better"
+    assert "These verdicts are on these checkpoints, not on the methods" in said(own_run)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_only_a_base_model_evaluated(own_run):
     results.write_parquet(own_run / "results.parquet")
     report = Report(own_run)
     assert report.table("scores")["model"].to_list() == ["base", "guessing"]
-    assert report.table("differences") is None
+    assert report.table("contrasts") is None
 
 
 def test_models_named_by_hand_stand_beside_each_other(own_run):
@@ -345,24 +345,6 @@ def test_margins_by_hand():
     assert unknown["stderr"] == pytest.approx(2 / math.sqrt(3))
     one = summarise_margins(scores.head(2), ["step"]).row(0, named=True)  # one prompt: spread unknown
     assert one["stderr"] is None
-
-
-def test_paired_differences_by_hand():
-    # questions 1 to 4 of both: differences 1, 0, 0, 1: mean 50 points; s^2 = 4 * 0.25 / 3 = 1/3;
-    # standard error 100 * sqrt(1/3 / 4) = 28.87. Question 5 was asked of one model only and does not count;
-    # question 1 under another protocol is another question.
-    def items(arm, step, scores, protocol="p@1"):
-        head = (arm, 0, step, "key", protocol, "arc_challenge")
-        rows = [(*head, i, "arc_challenge", score, score, -1.0, [-1.0]) for i, score in scores.items()]
-        return pl.DataFrame(rows, ITEMS, orient="row")
-
-    base = items("base", 0, {"1": 0.0, "2": 1.0, "3": 0.0, "4": 0.0})
-    last = items("sdpo", 2, {"5": 1.0, "4": 1.0, "3": 0.0, "2": 1.0, "1": 1.0})
-    other = pl.concat([items("base", 0, {"1": 1.0}, "p@2"), items("sdpo", 2, {"1": 0.0}, "p@2")])
-    results = pl.DataFrame({"protocol": ["p@1"], "task": ["arc_challenge"]})
-    got = paired_differences(pl.concat([base, last, other]), results, ("sdpo", 0, 2), ("base", 0, 0))
-    assert got.select("task", "value", "n").rows() == [("arc_challenge", 50.0, 4)]
-    assert got["stderr"][0] == pytest.approx(28.8675)
 
 
 def test_results_of_two_protocols_never_share_a_column():

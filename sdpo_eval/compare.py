@@ -1,0 +1,174 @@
+"""Compare two models, or two arms, of two runs or of one, over the questions that both answered.
+
+Examples:
+    python -m sdpo_eval.compare runs/a runs/b                          # the last models of both
+    python -m sdpo_eval.compare runs/a --a sdpo --b dpo                # two arms of one run; of five seeds: the methods
+    python -m sdpo_eval.compare runs/a runs/b --a sdpo/0/2 --b sdpo/0/1
+    python -m sdpo_eval.compare runs/new runs/old --fail-if-worse 1.0  # exit code 3 unless at most 1 point worse
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import polars as pl
+import tyro
+
+from sdpo_data.console import command, print_table, say
+from sdpo_data.run import Run, open_run
+from sdpo_data.tables import SdpoError
+from sdpo_eval.contrasts import METHODS, CompareConfig, Side, choose_models, contrast_models, tell_kind
+from sdpo_eval.h4 import MEAN, TASKS
+
+WORSE = 3  # the exit code of --fail-if-worse; 1 is a bug, 2 the user's to fix
+TITLES = {name: task.title for name, task in TASKS.items()} | {MEAN: "H4"}
+
+
+def compare_models(
+    run_a: str | Path | Run, run_b: str | Path | Run | None = None, *, a: str | None = None, b: str | None = None
+) -> pl.DataFrame:
+    """Say how two models, or two arms over their seeds, differ on the questions that both answered.
+
+    Their H4 is the primary contrast; the tasks' p-values are adjusted (Holm).
+
+    Args:
+        run_a: run folder of the first.
+        run_b: run folder of the second; run_a where there is none.
+        a: the first, as ARM, ARM/SEED or ARM/SEED/STEP; without a step the last one, without a
+            seed every seed. By default sdpo, or the only arm, or the base model of a run that has no other.
+        b: the second, likewise; in one run by default the base model.
+
+    Returns:
+        CONTRASTS frame: effects are first - second, points.
+
+    Raises:
+        SdpoError: there is no such run or model; the two answered under different protocols, or
+            share no question or seed.
+    """
+    return _contrast(*_sides(run_a, run_b, a, b))
+
+
+def _sides(run_a: str | Path | Run, run_b: str | Path | Run | None, a: str | None, b: str | None) -> tuple[Side, Side]:
+    one = run_a if isinstance(run_a, Run) else open_run(run_a)
+    if run_b is None:
+        return _chosen(one, a), _chosen(one, b or "base")
+    two = run_b if isinstance(run_b, Run) else open_run(run_b)
+    first, second = _chosen(one, a), _chosen(two, b)
+    names = [one.path.name, two.path.name] if one.path.name != two.path.name else [str(one.path), str(two.path)]
+    return replace(first, name=f"{names[0]}: {first.name}"), replace(second, name=f"{names[1]}: {second.name}")
+
+
+def _contrast(first: Side, second: Side) -> pl.DataFrame:
+    return contrast_models([(first, second)], CompareConfig(primary=f"{first.arm} - {second.arm}"))
+
+
+def _chosen(run: Run, wanted: str | None) -> Side:
+    """Find the models that ARM[/SEED[/STEP]] names, or the ones a run is about."""
+    items = run.items
+    if items.is_empty():
+        raise SdpoError(f"{run.path} holds no answers. Make them with: python -m sdpo_eval {run.path}")
+    if wanted is None:
+        arms = items["arm"].unique().sort().to_list()
+        others = [arm for arm in arms if arm != "base"]
+        if "sdpo" not in others and len(others) > 1:
+            raise SdpoError(f"{run.path} has the arms {', '.join(others)}. Say which to compare: --a ARM or --b ARM.")
+        wanted = "sdpo" if "sdpo" in others else [*others, *arms][0]
+    arm, *numbers = wanted.split("/")
+    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+        raise SdpoError(f"{wanted!r} names no model. Write ARM, ARM/SEED or ARM/SEED/STEP, such as sdpo/0/2.")
+    seed, step = [*map(int, numbers), None, None][:2]
+    return choose_models(items, arm, seed, step)
+
+
+def find_worse(contrasts: pl.DataFrame, margin: float) -> list[str]:
+    """Say where the first is not shown to be at most `margin` points worse: non-inferiority.
+
+    Judged is H4, or every task where there is no H4; the methods, or every pair of checkpoints where
+    there is no verdict on methods. Shown it is where the lower end of the 95 % interval lies above
+    -margin, so a first that is exactly so much worse passes in 2.5 %. No interval shows nothing.
+
+    Args:
+        contrasts: CONTRASTS frame of one comparison.
+
+    Returns:
+        A sentence for each row that does not show it; empty if all do.
+    """
+    judged = contrasts.filter(metric="score")
+    for column, best in (("verdict_on", METHODS), ("task", MEAN)):
+        judged = judged.filter(pl.col(column) == best) if best in judged[column] else judged
+    sentences = []
+    for row in judged.iter_rows(named=True):
+        low, what = row["low"], f"{row['first']} against {row['second']}, {TITLES.get(row['task'], row['task'])}"
+        if low is None and row["effect"] != 0:
+            sentences.append(
+                f"{what}: every question differs alike, so nothing is known of others. Ask more questions."
+            )
+        elif low is None:
+            sentences.append(f"{what}: the answers to all {row['n']:,} questions score alike. Ask more questions.")
+        elif low < -margin:
+            sentences.append(f"{what}: it may be {-low:.2f} points worse, allowed are {margin:g}.")
+    return sentences
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the contrasts, and with --fail-if-worse exit with 3 where the first may be that much worse."""
+    run_a, run_b, a, b, margin = tyro.cli(
+        _arguments, args=argv, prog="python -m sdpo_eval.compare", description=__doc__
+    )
+    first, second = _sides(run_a, run_b, a, b)
+    if first.models == second.models:
+        say(f"{first.name} and {second.name} are the same weights: there is no difference.")
+        return
+    contrasts = _contrast(first, second)
+    title = f"{first.name} − {second.name}: points, 95 % interval, p adjusted (Holm) for looking at several"
+    print_table(tabulate(contrasts), title)
+    say(tell_kind(contrasts))
+    worse = [] if margin is None else find_worse(contrasts, margin)
+    for sentence in worse:
+        say(f"worse: {sentence}")
+    if worse:
+        sys.exit(WORSE)
+
+
+def tabulate(contrasts: pl.DataFrame) -> pl.DataFrame:
+    """Lay CONTRASTS out for reading."""
+    return pl.DataFrame([_readable(row, contrasts) for row in contrasts.iter_rows(named=True)])
+
+
+def _readable(row: dict, contrasts: pl.DataFrame) -> dict[str, str | int]:
+    several = contrasts.select("first", "second", "verdict_on").n_unique() > 1
+    known = row["stderr"] is not None
+    return (
+        ({"first": row["first"], "second": row["second"], "verdict on": row["verdict_on"]} if several else {})
+        | {"task": TITLES.get(row["task"], row["task"]), "difference": f"{row['effect']:+.2f}"}
+        | {"interval": f"[{row['low']:+.2f}, {row['high']:+.2f}]" if known else "unknown", "n": row["n"]}
+        | {"p": f"{row['p']:.4f}" if known else "", "adjusted": f"{row['p_holm']:.4f}", "verdict": row["verdict"]}
+        | {"found with 80 %": f"{row['detectable']:.2f}" if known else ""}
+    )
+
+
+def _arguments(
+    run_a: Annotated[Path, tyro.conf.Positional],
+    run_b: Annotated[Path | None, tyro.conf.Positional] = None,
+    *,
+    a: str | None = None,
+    b: str | None = None,
+    fail_if_worse: float | None = None,
+) -> tuple[Path, Path | None, str | None, str | None, float | None]:
+    """Read the flags.
+
+    Args:
+        run_a: Run folder of the first.
+        run_b: Run folder of the second; the same where it is left out.
+        a: The first, ARM[/SEED[/STEP]]; by default the last model of sdpo or of the only arm.
+        b: The second, likewise; in one run the base model by default.
+        fail_if_worse: Exit with 3 unless the first is shown to be at most so many points worse.
+    """
+    if fail_if_worse is not None and not fail_if_worse >= 0:
+        raise SdpoError(f"--fail-if-worse {fail_if_worse}: name how many points worse is still allowed, 0 or more.")
+    return run_a, run_b, a, b, fail_if_worse
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,390 @@
+import importlib.util
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+from made_run import KEYS, make_run
+
+import sdpo_eval
+from sdpo_data.tables import ITEMS, SdpoError
+from sdpo_eval.changes import FIELDS, find_flips, find_forgetting
+from sdpo_eval.compare import compare_models, find_worse, main
+from sdpo_eval.contrasts import (
+    CHECKPOINTS,
+    CONTRASTS,
+    METHODS,
+    CompareConfig,
+    Side,
+    choose_models,
+    contrast_models,
+    pair_questions,
+    tell_kind,
+)
+from sdpo_eval.report import Report
+
+
+def items(
+    arm: str, scores: list[float], *, seed: int = 0, step: int = 1, task: str = "arc_challenge", **change
+) -> pl.DataFrame:
+    """Answers of one model; a question's subject is its task but for MMLU, where questions take turns in two."""
+    rows = []
+    for number, score in enumerate(scores):
+        subject = ("philosophy", "virology")[number % 2] if task == "mmlu" else task
+        correct = None if task == "truthfulqa_mc2" else score
+        head = (arm, seed, step, f"key of {arm} {seed} {step}", f"p@{task}", task, f"{subject}/{number}", subject)
+        rows.append((*head, correct, score, -1.0 - number, [-1.0 - number, -2.0]))
+    return pl.DataFrame(rows, ITEMS, orient="row").with_columns(
+        pl.lit(value).alias(name) for name, value in change.items()
+    )
+
+
+def side(frame: pl.DataFrame) -> Side:
+    return Side(frame["arm"][0], frame["arm"][0], frame)
+
+
+TASKS = ("arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2")
+
+
+def all_tasks(arm: str, scores: list[float], **model) -> pl.DataFrame:
+    return pl.concat([items(arm, scores, task=task, **model) for task in TASKS])
+
+
+# --- contrasts ------------------------------------------------------------------------------
+
+
+def test_a_contrast_by_hand():
+    # questions 0 to 3 of both: differences 1, 0, 0, 1: mean 50 points; s^2 = 4 * 0.25 / 3 = 1/3; standard error
+    # 100 * sqrt(1/3 / 4) = 28.87. Question 4 was asked of one model only and does not count.
+    # Right alone: the first 2, the second 0: mid-p (1/2)^2 = 1/4. Questions for 1 point: 4 * (2.80159 * 28.8675)^2
+    got = contrast_models([(side(items("a", [1, 1, 0, 1, 1])), side(items("b", [0, 1, 0, 0])))])
+    row = got.row(0, named=True)
+    assert got.schema == CONTRASTS
+    assert (row["task"], row["effect"], row["n"], row["verdict_on"]) == ("arc_challenge", 50, 4, CHECKPOINTS)
+    assert row["stderr"] == pytest.approx(28.8675, rel=1e-5)
+    assert (row["only_first"], row["only_second"], row["p_mcnemar"]) == (2, 0, 0.25)
+    assert row["n_for_1_point"] == math.ceil(4 * (2.801585 * 28.867513) ** 2)
+
+
+def test_mmlu_counts_every_subject_once():
+    # philosophy (0, 2, 4): 1, 1, 0 more, mean 2/3; virology (1, 3): 0, 0. Mean of both 1/3, where the plain mean is 2/5
+    row = contrast_models([(side(items("a", [1, 0, 1, 0, 0], task="mmlu")), side(items("b", [0] * 5, task="mmlu")))])
+    assert row["effect"][0] == pytest.approx(100 / 3)
+    assert row["p_mcnemar"][0] is None  # its score is no plain share
+
+
+def test_h4_is_there_with_all_four_tasks_alone():
+    first, second = all_tasks("a", [1, 0, 1, 1, 0, 0]), all_tasks("b", [0, 0, 1, 0, 0, 1])
+    got = contrast_models([(side(first), side(second))])
+    assert got["task"].to_list() == ["h4", *TASKS]
+    assert got["effect"][0] == pytest.approx(got["effect"][1:].mean())
+    assert got["n"][0] == 24
+    three = [side(frame.filter(pl.col("task") != "mmlu")) for frame in (first, second)]
+    assert "h4" not in contrast_models([tuple(three)])["task"]
+
+
+def test_metrics_beside_the_score_by_hand():
+    # choices -1, -2, -4, the second one right: shares e^-2 and e^-1 of e^-1 + e^-2 + e^-4, margin their difference;
+    # the other model has the first right: margin turned round. Gold: -2 - (-1) = -1.
+    one = items("a", [0.0], gold_logp=-2.0).with_columns(choice_logps=pl.lit([-1.0, -2.0, -4.0]))
+    two = items("b", [1.0], gold_logp=-1.0).with_columns(choice_logps=pl.lit([-1.0, -2.0, -4.0]))
+    got = contrast_models([(side(one), side(two))], metrics=["gold_logp", "choice_margin"])
+    whole = math.exp(-1) + math.exp(-2) + math.exp(-4)
+    assert got.select("metric", "effect").rows() == [
+        ("gold_logp", -1.0),
+        ("choice_margin", pytest.approx(100 * 2 * (math.exp(-2) - math.exp(-1)) / whole)),
+    ]
+    assert contrast_models([(side(one), side(one))], metrics=["choice_margin"])["effect"].to_list() == [0]
+
+
+def test_two_equally_likely_choices_have_no_margin():
+    frame = items("a", [1.0]).with_columns(gold_logp=-3.0, choice_logps=pl.lit([-3.0, -3.0, -9.0]))
+    values = pair_questions(
+        [(side(frame), side(frame.with_columns(choice_logps=pl.lit([-3.0, -3.0, -3.0]))))], "choice_margin"
+    )
+    assert values["arc_challenge"][1].values.tolist() == [[0.0]]
+
+
+def test_several_right_answers_have_no_margin():
+    frame = items("a", [0.4, 0.7], task="truthfulqa_mc2")
+    assert pair_questions([(side(frame), side(frame))], "choice_margin") == {}
+
+
+def test_a_cluster_column_widens_the_error():
+    first, second = items("a", [0, 3, 1, 4]), items("b", [0, 0, 0, 0])
+    got = contrast_models([(side(first.with_columns(cluster=pl.Series(["x", "y", "x", "y"]))), side(second))])
+    assert got["stderr"][0] == pytest.approx(150)  # see test_stats.test_clusters_count_as_one_draw
+
+
+def seeds(arm: str, count: int, key: str | None = None) -> pl.DataFrame:
+    draw = np.random.default_rng(len(arm))
+    frames = [items(arm, (draw.random(60) < 0.5).astype(float).tolist(), seed=seed) for seed in range(count)]
+    return pl.concat(frames if key is None else [frame.with_columns(model_key=pl.lit(key)) for frame in frames])
+
+
+@pytest.mark.parametrize(("count", "kinds"), [(4, [CHECKPOINTS] * 4), (5, [CHECKPOINTS] * 5 + [METHODS])])
+def test_methods_are_judged_from_five_seeds_on(count, kinds):
+    got = contrast_models([(side(seeds("sdpo", count)), side(seeds("dpo", count)))])
+    assert got["verdict_on"].to_list() == kinds
+    assert got["first"][0] == "sdpo seed 0"
+    assert ("these methods cross at least 5 seeds" in tell_kind(got)) == (count == 5)
+    assert ("on these checkpoints, not on the methods" in tell_kind(got)) == (count == 4)
+    if count == 5:
+        assert (got["seeds"][-1], got["first"][-1]) == (5, "sdpo")
+        assert got["effect"][-1] == pytest.approx(got["effect"][:-1].mean())
+
+
+def test_one_base_model_meets_every_seed():
+    got = contrast_models([(side(seeds("sdpo", 5)), side(items("base", [0.0, 1.0] * 30, step=0)))])
+    assert got["verdict_on"].to_list() == [CHECKPOINTS] * 5 + [METHODS]
+
+
+def test_seeds_of_equal_weights_are_one_draw():
+    got = contrast_models([(side(seeds("sdpo", 6, key="one key")), side(seeds("dpo", 6, key="other")))])
+    assert METHODS not in got["verdict_on"]
+
+
+def test_the_primary_contrast_alone_is_not_adjusted():
+    first, second, base = (
+        all_tasks("sdpo", [1, 1, 0, 1] * 9),
+        all_tasks("dpo", [0, 1, 1, 1] * 9),
+        all_tasks("base", [0, 1] * 18),
+    )
+    pairs = [(side(first), side(second)), (side(first), side(base))]
+    got = contrast_models(pairs)
+    primary = got.filter("primary")
+    assert primary.select("first", "second", "task").rows() == [("sdpo", "dpo", "h4")]
+    assert primary["p_holm"].to_list() == primary["p"].to_list()
+    secondary = got.filter(~pl.col("primary"))
+    assert secondary["p_holm"].min() == pytest.approx(min(1, 9 * secondary["p"].min()))
+    other = contrast_models(pairs, CompareConfig(primary="sdpo - base", primary_task="mmlu")).filter("primary")
+    assert other.select("second", "task").rows() == [("base", "mmlu")]
+    assert not contrast_models(pairs, CompareConfig(primary="dpo - sdpo"))["primary"].any()
+
+
+def test_methods_are_judged_on_what_every_seed_was_asked():
+    sdpo, dpo = seeds("sdpo", 5), seeds("dpo", 5)
+    late = (pl.col("seed") == 3) & pl.col("item_id").is_in([f"arc_challenge/{number}" for number in range(50, 60)])
+    got = contrast_models([(side(sdpo.filter(~late)), side(dpo))])
+    assert got["n"].to_list() == [60, 60, 60, 50, 60, 50]
+    assert got["effect"].null_count() == 0
+
+
+def test_several_seeds_leave_the_primary_to_the_methods():
+    config = CompareConfig(primary_task="arc_challenge")
+    got = contrast_models([(side(seeds("sdpo", 5)), side(seeds("dpo", 5)))], config)
+    assert got.filter("primary")["verdict_on"].to_list() == [METHODS]
+
+
+def test_a_primary_contrast_has_two_arms():
+    with pytest.raises(ValueError, match="write two arms with ' - ' between them"):
+        CompareConfig(primary="sdpo")
+
+
+def test_other_protocols_are_refused():
+    one, two = items("a", [1, 0]), items("b", [1, 0], protocol="q@1")
+    with pytest.raises(
+        SdpoError, match=r"a answered arc_challenge under p@arc_challenge, b under q@1: other questions"
+    ):
+        contrast_models([(side(one), side(two))])
+
+
+def test_no_question_and_no_seed_in_common():
+    with pytest.raises(SdpoError, match="a and b have no answered question in common"):
+        contrast_models([(side(items("a", [1, 0])), side(items("b", [1, 0], task="hellaswag")))])
+    late = seeds("dpo", 4).filter(pl.col("seed") > 1)
+    with pytest.raises(SdpoError, match=r"sdpo has the seeds \[0, 1\], dpo \[2, 3\]: none in common"):
+        contrast_models([(side(seeds("sdpo", 2)), side(late))])
+
+
+def test_models_are_chosen_by_arm_seed_and_step():
+    known = pl.concat([items("sdpo", [1], step=step, seed=seed) for seed, step in ((0, 1), (0, 2), (1, 1))])
+    assert choose_models(known, "sdpo", 0).name == "sdpo step 2"
+    assert choose_models(known, "sdpo", step=1).models == [(0, "key of sdpo 0 1"), (1, "key of sdpo 1 1")]
+    with pytest.raises(SdpoError, match=r"do not end at the same step \(seed 0: step 2, seed 1: step 1\)"):
+        choose_models(known, "sdpo")
+    with pytest.raises(
+        SdpoError, match=r"No answers of sdpo/0/3. There are, as arm/seed/step: sdpo/0/1, sdpo/0/2, sdpo/1/1"
+    ):
+        choose_models(known, "sdpo", 0, 3)
+
+
+# --- what changed beneath -------------------------------------------------------------------
+
+
+def test_fields_are_lm_evals_groups():
+    harness = importlib.util.find_spec("lm_eval")
+    if harness is None:
+        pytest.skip("lm-eval is not installed")
+    found: dict[str, list[str]] = {}
+    for file in sorted((Path(harness.origin).parent / "tasks/mmlu/default").glob("mmlu_*.yaml")):
+        text = file.read_text()
+        if group := re.search(r'"?tag"?: "?mmlu_(\w+)_tasks', text):
+            found.setdefault(group[1], []).append(re.search(r'"?dataset_name"?: "?(\w+)', text)[1])
+    assert {field.lower().replace(" ", "_"): sorted(subjects) for field, subjects in FIELDS.items()} == found
+    assert sum(map(len, FIELDS.values())) == 57
+
+
+def test_forgetting_is_seen_where_it_is():
+    # philosophy (humanities): 30 questions, 12 lost; virology (other): the 30 odd ones, 1 lost and 1 won
+    before = items("base", [1.0] * 58 + [1.0, 0.0], step=0, task="mmlu")
+    after = items("sdpo", [0.0, 1.0] * 12 + [1.0] * 33 + [0.0, 1.0, 1.0], task="mmlu")
+    got = find_forgetting(side(after), side(before))
+    told = {row["field"]: row for row in got.iter_rows(named=True)}
+    assert told.keys() == {None, "humanities", "other"}
+    assert told["humanities"]["effect"] == pytest.approx(-100 * 12 / 30)
+    assert told["humanities"]["verdict"] == told[None]["verdict"] == "worse"
+    assert (told["other"]["effect"], told["other"]["verdict"]) == (pytest.approx(0), "not distinguishable")
+    assert told["other"]["n"] == 30
+
+
+def test_flips_with_and_without_text():
+    # 0 and 2 flip; the right answer's log-probability changed by -4 in 0 and +6 in 2: 2 comes first
+    first = items("a", [0, 1, 1, 0]).with_columns(gold_logp=pl.Series([-5.0, -1.0, -1.0, -9.0]))
+    second = items("b", [1, 1, 0, 0]).with_columns(gold_logp=pl.Series([-1.0, -9.0, -7.0, -1.0]))
+    got = find_flips(side(first), side(second))
+    assert got.select("item_id", "right", "gold_logp_change", "text").rows() == [
+        ("arc_challenge/2", "a", 6.0, None),
+        ("arc_challenge/0", "b", -4.0, None),
+    ]
+    documents = first.select("protocol", "task", "item_id", text="item_id").head(1)
+    assert find_flips(side(first), side(second), documents)["text"].to_list() == [None, "arc_challenge/0"]
+
+
+# --- the command ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    return make_run(tmp_path / "new")
+
+
+def test_two_runs_and_two_models_of_one(run, tmp_path):
+    other = make_run(tmp_path / "old", seed=1)
+    got = sdpo_eval.compare_models(run, other)
+    assert got.select("first", "second").unique().rows() == [("new: sdpo step 2", "old: sdpo step 2")]
+    assert got.filter("primary")["task"].to_list() == ["h4"]
+    assert compare_models(run)["second"][0] == "base"
+    one, two = compare_models(run, a="sdpo/0/2", b="dpo"), compare_models(run, a="dpo", b="sdpo/0/2")
+    assert (one["first"][0], one["second"][0]) == ("sdpo step 2", "dpo step 1")
+    assert one["effect"].to_list() == pytest.approx([-effect for effect in two["effect"]])
+    twin = make_run(tmp_path / "more" / "new", seed=1)
+    assert compare_models(run, twin)["first"][0] == f"{run}: sdpo step 2"
+
+
+@pytest.mark.parametrize(
+    ("a", "words"),
+    [
+        ("sdpo/first", "'sdpo/first' names no model. Write ARM, ARM/SEED or ARM/SEED/STEP"),
+        ("sdpo/0/1/2", "names no model"),
+        ("random", "No answers of random. There are, as arm/seed/step: base/0/0, dpo/0/1, sdpo/0/1, sdpo/0/2"),
+    ],
+)
+def test_a_model_that_is_not_there(run, a, words):
+    with pytest.raises(SdpoError, match=words):
+        compare_models(run, a=a)
+
+
+def test_which_arm_is_meant_must_be_said(run):
+    for file in (run / "items").glob("sdpo-*"):
+        frame = pl.read_parquet(file).with_columns(arm=pl.lit("random"))
+        frame.write_parquet(file.with_name(file.name.replace("sdpo", "random")))
+        file.unlink()
+    with pytest.raises(SdpoError, match=r"has the arms dpo, random\. Say which to compare: --a ARM or --b ARM"):
+        compare_models(run)
+
+
+def test_a_run_without_answers(tmp_path):
+    (tmp_path / "run").mkdir()
+    with pytest.raises(SdpoError, match=r"holds no answers. Make them with: python -m sdpo_eval "):
+        compare_models(tmp_path / "run")
+
+
+def test_non_inferiority_is_read_off_the_lower_end():
+    row = {"verdict_on": CHECKPOINTS, "first": "a", "second": "b", "metric": "score", "effect": -0.5}
+    rows = [row | {"task": "h4", "low": -1.0}, row | {"task": "mmlu", "low": -9.0}]
+    table = pl.DataFrame([dict.fromkeys(CONTRASTS) | one for one in rows], CONTRASTS)
+    assert find_worse(table, 1.0) == []  # exactly the margin; MMLU does not count beside H4
+    assert find_worse(table, 0.99) == ["a against b, H4: it may be 1.00 points worse, allowed are 0.99."]
+    assert find_worse(table.filter(task="mmlu"), 1.0) == [
+        "a against b, MMLU: it may be 9.00 points worse, allowed are 1."
+    ]
+    methods = table.with_columns(verdict_on=pl.lit(METHODS), low=-3.0)
+    assert len(find_worse(pl.concat([table, methods]), 2.0)) == 1  # the methods', where there are any
+    unknown = table.with_columns(low=pl.lit(None, pl.Float64))
+    assert "Ask more questions" in find_worse(unknown, 1.0)[0]
+
+
+def test_the_command_prints_the_contrasts(run, capsys):
+    main([str(run), "--a", "sdpo", "--b", "dpo"])
+    said = capsys.readouterr().out
+    assert "sdpo step 2 − dpo step 1" in said
+    assert "H4" in said
+    assert "on these checkpoints, not on the methods behind them" in said
+
+
+def test_the_exit_code_of_a_worse_model(run, capsys):
+    main([str(run), "--fail-if-worse", "99"])
+    with pytest.raises(SystemExit) as exit_:
+        main([str(run), "--fail-if-worse", "0"])
+    assert exit_.value.code == 3
+    assert "worse: sdpo step 2 against base, H4: it may be 0.20 points worse, allowed are 0." in capsys.readouterr().out
+    with pytest.raises(SdpoError, match=r"--fail-if-worse -1\.0: name how many points worse is still allowed"):
+        main([str(run), "--fail-if-worse", "-1"])
+
+
+def test_the_same_weights_do_not_differ(run, capsys):
+    main([str(run), "--a", "base", "--fail-if-worse", "0"])
+    assert "base and base are the same weights: there is no difference" in capsys.readouterr().out
+
+
+# --- the report -----------------------------------------------------------------------------
+
+
+def test_the_report_shows_changes_and_alarms(run):
+    base = pl.read_parquet(run / "items/base-0-0-hellaswag.parquet").with_columns(correct=1.0, score=1.0)
+    base.write_parquet(run / "items/base-0-0-hellaswag.parquet")
+    report = Report(run)
+    assert any(warning.startswith("Forgetting: sdpo step 2 − base, HellaSwag −") for warning in report.warnings)
+    assert report.table("forgetting").filter(part="HellaSwag")["forgotten"].to_list() == ["yes", "yes"]
+    assert report.table("likelihoods").columns[-2:] == ["gold_logp", "choice_margin"]
+    asked = report.table("flipped_questions")["question"].to_list()
+    base.select("protocol", "task", "item_id", text=pl.format("What is {}?", "item_id")).write_parquet(
+        run / "documents.parquet"
+    )
+    assert "What is hellaswag/0?" not in asked
+    assert any("What is hellaswag/" in question for question in Report(run).table("flipped_questions")["question"])
+
+
+def test_the_primary_contrast_is_read_from_the_config(run):
+    with (run / "config.yaml").open("a") as file:
+        file.write("compare:\n  primary: sdpo - base\n")
+    assert "The primary contrast is sdpo - base by H4" in Report(run).markdown()
+    (run / "config.yaml").write_text("compare:\n  primary: sdpo - random\n")
+    assert "sdpo - random by H4, the primary one, is not among them once" in Report(run).markdown()
+    (run / "config.yaml").write_text("compare:\n  primry: sdpo - random\n")
+    with pytest.raises(SdpoError, match=r"compare has no setting 'primry'. Did you mean 'primary'\?"):
+        Report(run)
+
+
+def test_the_report_crosses_seeds(run):
+    """Arms of five seeds: the verdict is on the methods, the table has both kinds."""
+    for (arm, step), key in KEYS.items():
+        for seed in range(1, 5) if step else ():
+            for task in TASKS:
+                frame = pl.read_parquet(run / f"items/{arm}-0-{step}-{task}.parquet")
+                model = {"seed": pl.lit(seed, pl.Int64), "model_key": pl.lit(f"{key}{seed}")}
+                moved = pl.col("score") if seed % 2 else pl.col("score").reverse()
+                frame.with_columns(**model, score=moved).write_parquet(
+                    run / f"items/{arm}-{seed}-{step}-{task}.parquet"
+                )
+    results = pl.read_parquet(run / "results.parquet")
+    later = [results.filter(pl.col("step") > 0).with_columns(seed=pl.lit(seed, pl.Int64)) for seed in range(1, 5)]
+    pl.concat([results, *later]).write_parquet(run / "results.parquet")
+    report = Report(run)
+    assert "sdpo step 2 − dpo step 1 (these methods), over the same questions: H4 " in report.markdown()
+    assert "step 2 seed 1 − base (these checkpoints), over" not in report.markdown()
+    kinds = report.table("contrasts").filter(task="H4")["verdict_on"].value_counts().sort("verdict_on").rows()
+    assert kinds == [(CHECKPOINTS, 15), (METHODS, 3)]

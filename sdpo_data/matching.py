@@ -72,8 +72,6 @@ class _Grams:
     hashes: Numbers  # uint64, sorted
     first: Numbers  # of hash number h, the documents are documents[first[h]:first[h + 1]]
     documents: Numbers
-    seen: Numbers  # bool by the hash's first bits: what is not seen is in no document
-    shift: np.uint64
 
     @staticmethod
     def of(hashes: Numbers, documents: Numbers, items: Numbers) -> "_Grams":
@@ -82,17 +80,13 @@ class _Grams:
         held_by = both.select("hash", "item").unique().group_by("hash").len()
         both = both.join(held_by.filter(pl.col("len") > MOST_ITEMS), on="hash", how="anti").sort("hash", "document")
         unique, first = np.unique(both["hash"].to_numpy(), return_index=True)
-        bits = min(max((len(unique) * 32).bit_length(), 8), 26)
-        shift, seen = np.uint64(64 - bits), np.zeros(1 << bits, bool)
-        seen[unique >> shift] = True
-        return _Grams(unique, np.append(first, both.height), both["document"].to_numpy(), seen, shift)
+        return _Grams(unique, np.append(first, both.height), both["document"].to_numpy())
 
     def find(self, hashes: Numbers) -> tuple[Numbers, Numbers, Numbers]:
         """Look hashes up: for every match its place in `hashes`, the number of the gram, and a document."""
-        places = np.flatnonzero(self.seen[hashes >> self.shift])
-        grams = np.searchsorted(self.hashes, hashes[places])
-        equal = np.append(self.hashes, np.uint64(0))[grams] == hashes[places]
-        places, grams = places[equal], grams[equal]
+        grams = np.searchsorted(self.hashes, hashes)
+        places = np.flatnonzero(np.append(self.hashes, np.uint64(0))[grams] == hashes)
+        grams = grams[places]
         counts = self.first[grams + 1] - self.first[grams]
         offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         return (
@@ -103,10 +97,29 @@ class _Grams:
 
 
 @dataclass(frozen=True)
+class _Filter:
+    """Which runs of 8 words stand in any document, by the first bits of their hash: fast, and wrong for some."""
+
+    seen: Numbers  # bool
+    shift: np.uint64
+
+    @staticmethod
+    def of(hashes: Numbers) -> "_Filter":
+        bits = min(max((len(hashes) * 32).bit_length(), 8), 26)
+        shift, seen = np.uint64(64 - bits), np.zeros(1 << bits, bool)
+        seen[hashes >> shift] = True
+        return _Filter(seen, shift)
+
+    def places(self, hashes: Numbers) -> Numbers:
+        return np.flatnonzero(self.seen[hashes >> self.shift])
+
+
+@dataclass(frozen=True)
 class _Index:
     words: Words
     first: Numbers  # (documents + 1,): the words of document d are first[d] to first[d + 1]
     distinct: Numbers  # (documents,): how many different 8-grams that count
+    filter: _Filter
     grams: dict[int, _Grams]  # of 8 and 13 words
     short: dict[int, _Grams]  # whole documents, by their words
 
@@ -133,7 +146,7 @@ def _index(documents: pl.DataFrame) -> _Index:
     for why, count in lost.items():
         if count:
             log.warning("%d of %d documents %s: not matched", count, len(lengths), why)
-    return _Index(words, first, distinct, grams, short)
+    return _Index(words, first, distinct, _Filter.of(hash_grams(words.codes, GRAM)), grams, short)
 
 
 def _hits(pairs: pl.DataFrame, index: _Index, coverage: float) -> list[_Hit]:
@@ -141,11 +154,13 @@ def _hits(pairs: pl.DataFrame, index: _Index, coverage: float) -> list[_Hit]:
     prompt, chosen, rejected = (plain_texts(pairs, side) for side in ("prompt", "chosen", "rejected"))
     words = read_words(pl.concat([pairs["system"].fill_null("") + "\n" + prompt, chosen, rejected]))
     hits = list(_short_hits(words, index, pairs.height))
-    known: dict[int, Numbers] = {}
+    eights = hash_grams(words.codes, GRAM)
+    maybe = index.filter.places(eights)  # a run of 13 words begins with one of 8
     for size in (GRAM, LONG_GRAM):
-        places, grams, documents = index.grams[size].find(hash_grams(words.codes, size, known))
-        inside = words.text[places] == words.text[places + size - 1]
-        places, grams, documents = places[inside], grams[inside], documents[inside]
+        places = maybe[maybe + size <= len(words.codes)]
+        places = places[words.text[places] == words.text[places + size - 1]]
+        at, grams, documents = index.grams[size].find(hash_at(words.codes, places, size))
+        places = places[at]
         found = {"pair": words.text[places] % pairs.height, "document": documents, "gram": grams, "place": places}
         matches = pl.DataFrame(found).group_by("pair", "document").agg(pl.col("gram").n_unique(), pl.col("place"))
         for pair, document, distinct, at in matches.iter_rows():

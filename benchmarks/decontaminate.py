@@ -15,7 +15,7 @@ import re
 import resource
 import time
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +25,7 @@ import tyro
 
 import sdpo_data as data
 from sdpo_data.console import print_table
-from sdpo_data.matching import find_contamination
+from sdpo_data.matching import MOST_ITEMS, find_contamination
 from sdpo_data.messages import plain_texts
 from sdpo_data.tables import DOCUMENTS, PAIRS, TEXT
 
@@ -122,24 +122,24 @@ def index_plainly(documents: pl.DataFrame) -> tuple[list[list[str]], dict, dict,
                 grams[tuple(document[at : at + size])].add(number)
         if 3 <= len(document) < 8:
             short[tuple(document)].add(number)
-    return words, dict(eights), dict(thirteens), dict(short)
+    few = [{gram: held for gram, held in one.items() if len(held) <= MOST_ITEMS} for one in (eights, thirteens, short)]
+    return words, *few
 
 
 def loop_plainly(pairs: pl.DataFrame, index: tuple, documents: pl.DataFrame) -> set[tuple]:
     """Find what the three rules find, one n-gram after the other."""
     wanted, eights, thirteens, short = index
     items, found = documents.select("task", "item_id").rows(), set()
-    distinct = [len({tuple(words[at : at + 8]) for at in range(len(words) - 7)}) for words in wanted]
+    distinct = Counter(number for held in eights.values() for number in held)
     for pair_id, *texts in pairs.select("pair_id", *SIDES).iter_rows():
-        held = defaultdict(set)
+        held, whole = defaultdict(set), set()
         for side, text in enumerate(texts):
             words, opens, closes = split_plainly(text)
             for at in range(len(words) - 7):
                 gram = tuple(words[at : at + 8])
                 for number in eights.get(gram, ()):
                     held[number].add(gram)
-                    if words[at : at + len(wanted[number])] == wanted[number]:
-                        found.add((pair_id, *items[number], "question"))
+                    whole.add((side, number))
                 for number in thirteens.get(tuple(words[at : at + 13]), ()):
                     found.add((pair_id, *items[number], "13-gram"))
             for at in opens if side == 0 else ():
@@ -147,6 +147,10 @@ def loop_plainly(pairs: pl.DataFrame, index: tuple, documents: pl.DataFrame) -> 
                     if at + size - 1 in closes:
                         for number in short.get(tuple(words[at : at + size]), ()):
                             found.add((pair_id, *items[number], "question"))
+            for number in {number for where, number in whole if where == side}:
+                size = len(wanted[number])
+                if any(words[at : at + size] == wanted[number] for at in range(len(words) - size + 1)):
+                    found.add((pair_id, *items[number], "question"))
         found |= {
             (pair_id, *items[number], "8-gram")
             for number, grams in held.items()

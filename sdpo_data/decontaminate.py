@@ -4,6 +4,7 @@ RUN/pairs.parquet is matched against RUN/documents.parquet (python -m sdpo_eval 
 against a text file. Three rules, on words alone: `question`, the document stands whole in the pair; `8-gram`,
 half of its runs of 8 words do; `13-gram`, one run of 13 words does. A document of fewer than 8 words counts as
 `question` only where it is a whole sentence or line of the prompt; below 3 words it cannot be told from chance.
+Runs of words that more than 10 items share, as the preamble of some, count for none of the rules.
 
 Examples:
     python -m sdpo_data.decontaminate runs/a                              # writes contamination.parquet

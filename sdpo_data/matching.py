@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 Rule = Literal["question", "8-gram", "13-gram"]
 GRAM, LONG_GRAM = 8, 13  # words
 FEWEST_WORDS = 3
+MOST_ITEMS = 10  # that may share a run of words: what more of them share is boilerplate and does not count
 
 
 def find_contamination(pairs: pl.DataFrame, documents: pl.DataFrame, coverage: float = 0.5) -> pl.DataFrame:
@@ -71,24 +72,21 @@ class _Grams:
     hashes: Numbers  # uint64, sorted
     first: Numbers  # of hash number h, the documents are documents[first[h]:first[h + 1]]
     documents: Numbers
-    seen: Numbers  # bool by the hash's first bits: what is not seen is in no document
-    shift: np.uint64
 
     @staticmethod
-    def of(hashes: Numbers, documents: Numbers) -> "_Grams":
-        both = pl.DataFrame({"hash": hashes, "document": documents}).unique().sort("hash", "document")
+    def of(hashes: Numbers, documents: Numbers, items: Numbers) -> "_Grams":
+        """Index runs by hash, but for boilerplate, which names no item: 895 of MMLU's questions begin alike."""
+        both = pl.DataFrame({"hash": hashes, "document": documents, "item": items[documents]}).unique()
+        held_by = both.select("hash", "item").unique().group_by("hash").len()
+        both = both.join(held_by.filter(pl.col("len") > MOST_ITEMS), on="hash", how="anti").sort("hash", "document")
         unique, first = np.unique(both["hash"].to_numpy(), return_index=True)
-        bits = min(max((len(unique) * 32).bit_length(), 8), 26)
-        shift, seen = np.uint64(64 - bits), np.zeros(1 << bits, bool)
-        seen[unique >> shift] = True
-        return _Grams(unique, np.append(first, both.height), both["document"].to_numpy(), seen, shift)
+        return _Grams(unique, np.append(first, both.height), both["document"].to_numpy())
 
     def find(self, hashes: Numbers) -> tuple[Numbers, Numbers, Numbers]:
         """Look hashes up: for every match its place in `hashes`, the number of the gram, and a document."""
-        places = np.flatnonzero(self.seen[hashes >> self.shift])
-        grams = np.searchsorted(self.hashes, hashes[places])
-        equal = np.append(self.hashes, np.uint64(0))[grams] == hashes[places]
-        places, grams = places[equal], grams[equal]
+        grams = np.searchsorted(self.hashes, hashes)
+        places = np.flatnonzero(np.append(self.hashes, np.uint64(0))[grams] == hashes)
+        grams = grams[places]
         counts = self.first[grams + 1] - self.first[grams]
         offsets = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         return (
@@ -99,10 +97,29 @@ class _Grams:
 
 
 @dataclass(frozen=True)
+class _Filter:
+    """Which runs of 8 words stand in any document, by the first bits of their hash: fast, and wrong for some."""
+
+    seen: Numbers  # bool
+    shift: np.uint64
+
+    @staticmethod
+    def of(hashes: Numbers) -> "_Filter":
+        bits = min(max((len(hashes) * 32).bit_length(), 8), 26)
+        shift, seen = np.uint64(64 - bits), np.zeros(1 << bits, bool)
+        seen[hashes >> shift] = True
+        return _Filter(seen, shift)
+
+    def places(self, hashes: Numbers) -> Numbers:
+        return np.flatnonzero(self.seen[hashes >> self.shift])
+
+
+@dataclass(frozen=True)
 class _Index:
     words: Words
     first: Numbers  # (documents + 1,): the words of document d are first[d] to first[d + 1]
-    distinct: Numbers  # (documents,): how many different 8-grams
+    distinct: Numbers  # (documents,): how many different 8-grams that count
+    filter: _Filter
     grams: dict[int, _Grams]  # of 8 and 13 words
     short: dict[int, _Grams]  # whole documents, by their words
 
@@ -111,17 +128,25 @@ def _index(documents: pl.DataFrame) -> _Index:
     words = read_words(documents["text"])
     first = np.searchsorted(words.text, np.arange(documents.height + 1))
     lengths = np.diff(first)
-    if too_short := int((lengths < FEWEST_WORDS).sum()):
-        log.warning("%d of %d documents have under %d words: not matched", too_short, len(lengths), FEWEST_WORDS)
+    items = documents.select(pl.struct("task", "item_id").rank("dense")).to_series().to_numpy()
     grams = {}
     for size in (GRAM, LONG_GRAM):
         inside = words.text[: max(len(words.text) - size + 1, 0)] == words.text[size - 1 :]
-        grams[size] = _Grams.of(hash_grams(words.codes, size)[inside], words.text[: len(inside)][inside])
+        grams[size] = _Grams.of(hash_grams(words.codes, size)[inside], words.text[: len(inside)][inside], items)
     short = {}
     for size in range(FEWEST_WORDS, GRAM):
         rows = np.flatnonzero(lengths == size)
-        short[size] = _Grams.of(hash_at(words.codes, first[rows], size), rows)
-    return _Index(words, first, np.bincount(grams[GRAM].documents, minlength=len(lengths)), grams, short)
+        short[size] = _Grams.of(hash_at(words.codes, first[rows], size), rows, items)
+    distinct = np.bincount(grams[GRAM].documents, minlength=len(lengths))
+    lost = {
+        f"have under {FEWEST_WORDS} words": (lengths < FEWEST_WORDS).sum(),
+        f"share all their words with over {MOST_ITEMS} others": ((lengths >= GRAM) & (distinct == 0)).sum()
+        + sum((lengths == size).sum() - len(found.documents) for size, found in short.items()),
+    }
+    for why, count in lost.items():
+        if count:
+            log.warning("%d of %d documents %s: not matched", count, len(lengths), why)
+    return _Index(words, first, distinct, _Filter.of(hash_grams(words.codes, GRAM)), grams, short)
 
 
 def _hits(pairs: pl.DataFrame, index: _Index, coverage: float) -> list[_Hit]:
@@ -129,11 +154,13 @@ def _hits(pairs: pl.DataFrame, index: _Index, coverage: float) -> list[_Hit]:
     prompt, chosen, rejected = (plain_texts(pairs, side) for side in ("prompt", "chosen", "rejected"))
     words = read_words(pl.concat([pairs["system"].fill_null("") + "\n" + prompt, chosen, rejected]))
     hits = list(_short_hits(words, index, pairs.height))
-    known: dict[int, Numbers] = {}
+    eights = hash_grams(words.codes, GRAM)
+    maybe = index.filter.places(eights)  # a run of 13 words begins with one of 8
     for size in (GRAM, LONG_GRAM):
-        places, grams, documents = index.grams[size].find(hash_grams(words.codes, size, known))
-        inside = words.text[places] == words.text[places + size - 1]
-        places, grams, documents = places[inside], grams[inside], documents[inside]
+        places = maybe[maybe + size <= len(words.codes)]
+        places = places[words.text[places] == words.text[places + size - 1]]
+        at, grams, documents = index.grams[size].find(hash_at(words.codes, places, size))
+        places = places[at]
         found = {"pair": words.text[places] % pairs.height, "document": documents, "gram": grams, "place": places}
         matches = pl.DataFrame(found).group_by("pair", "document").agg(pl.col("gram").n_unique(), pl.col("place"))
         for pair, document, distinct, at in matches.iter_rows():
@@ -170,10 +197,13 @@ def _longest_run(places: list[int], size: int) -> tuple[int, int]:
 def _whole(words: Words, index: _Index, document: int, places: list[int]) -> tuple[int, int] | None:
     """Find where the document stands word for word, given where runs of it begin."""
     wanted = index.words.codes[index.first[document] : index.first[document + 1]]
-    for place in places:
-        last = place + len(wanted) - 1
-        if np.array_equal(words.codes[place : last + 1], wanted) and words.text[place] == words.text[last]:
-            return place, last
+    own, met = hash_grams(wanted, GRAM), hash_at(words.codes, np.array(places), GRAM)
+    for place, gram in zip(places, met, strict=True):
+        for offset in np.flatnonzero(own == gram).tolist():
+            first, last = place - offset, place - offset + len(wanted) - 1
+            inside = first >= 0 and last < len(words.codes) and words.text[first] == words.text[last]
+            if inside and np.array_equal(words.codes[first : last + 1], wanted):
+                return first, last
     return None
 
 

@@ -199,6 +199,29 @@ def test_the_rules_are_those_of_a_plain_loop(texts, documents, coverage):
     assert got.height == len(expected)
 
 
+@pytest.mark.parametrize("items, expected", [(10, {f"i{n}" for n in range(10)}), (11, {"i3"})])
+def test_what_over_ten_items_share_is_boilerplate(items, expected):
+    # 20 words that all begin with and 10 of their own: 13 8-grams of the first kind, 10 of the second. Shared by 10
+    # items, 13 of 23 are over a half, so the pair that holds the fourth touches all ten.
+    preamble = " ".join(f"shared{n}" for n in range(20))
+    texts = [f"{preamble} {' '.join(f'own{item}x{n}' for n in range(10))}" for item in range(items)]
+    found = find_contamination(pairs_of(f"Look: {texts[3]}!"), documents_of(*texts))
+    assert set(found.filter(pl.col("rule") == "8-gram")["item_id"]) == expected
+    assert set(found.filter(pl.col("rule") == "question")["item_id"]) == {"i3"}
+
+
+def test_many_texts_of_one_item_are_not_boilerplate():
+    documents = documents_of(*(f"{EIGHT} choice{n}" for n in range(20))).with_columns(item_id=pl.lit("one"))
+    assert set(find_contamination(pairs_of(EIGHT), documents)["item_id"]) == {"one"}
+
+
+def test_documents_that_share_all_their_words_are_counted(caplog):
+    caplog.set_level("WARNING", "sdpo_data")
+    assert find_contamination(pairs_of(EIGHT), documents_of(*[EIGHT] * 11, *[SEVEN] * 12, "x")).is_empty()
+    assert "23 of 24 documents share all their words with over 10 others: not matched" in caplog.messages
+    assert "1 of 24 documents have under 3 words: not matched" in caplog.messages
+
+
 def test_many_chunks_find_what_one_does(monkeypatch):
     pairs = pl.concat([pairs_of(*(f"{n} {EIGHT} {n}" for n in range(50))), pairs_of("nothing here")])
     whole = find_contamination(pairs, documents_of(SEVEN, EIGHT))

@@ -5,8 +5,14 @@ Names load on first use, so that the report never imports torch or lm_eval.
 
 from importlib import import_module
 
-_HOME = {"EvalConfig": "harness", "Report": "report", "compare_models": "compare", "evaluate": "harness"}
-_HOME |= {"CompareConfig": "contrasts", "score_held_out": "held_out"}
+_HOME = {
+    "CompareConfig": "contrasts",
+    "EvalConfig": "harness",
+    "Report": "report",
+    "compare_models": "compare",
+    "evaluate": "harness",
+    "score_held_out": "held_out",
+}
 __all__ = sorted(_HOME)
 
 

@@ -221,6 +221,7 @@ def _reproduce(evidence: Evidence) -> Iterator[Block]:
     lineage, run = evidence.lineage, shlex.quote(str(evidence.path))
     yield from (Prose(sentence, loud=True) for sentence in _caveats(evidence))
     modules = {"partition": "sdpo_data.partition", "arms": "sdpo_train", "items": "sdpo_eval"}
+    modules["held_out_scores"] = "sdpo_eval.held_out"
     done = [module for stage, module in modules.items() if any(unit.split("/")[0] == stage for unit in lineage)]
     commands = [f"python -m {module} {run}" for module in [*done, "sdpo_eval.report"]]
     yield Listing(

@@ -303,7 +303,7 @@ def test_a_run_without_answers(tmp_path):
 
 
 def test_non_inferiority_is_read_off_the_lower_end():
-    row = {"verdict_on": CHECKPOINTS, "first": "a", "second": "b", "metric": "score", "effect": -0.5}
+    row = {"verdict_on": CHECKPOINTS, "first": "a", "second": "b", "metric": "score", "effect": -0.5, "n": 9}
     rows = [row | {"task": "h4", "low": -1.0}, row | {"task": "mmlu", "low": -9.0}]
     table = pl.DataFrame([dict.fromkeys(CONTRASTS) | one for one in rows], CONTRASTS)
     assert find_worse(table, 1.0) == []  # exactly the margin; MMLU does not count beside H4
@@ -314,7 +314,9 @@ def test_non_inferiority_is_read_off_the_lower_end():
     methods = table.with_columns(verdict_on=pl.lit(METHODS), low=-3.0)
     assert len(find_worse(pl.concat([table, methods]), 2.0)) == 1  # the methods', where there are any
     unknown = table.with_columns(low=pl.lit(None, pl.Float64))
-    assert "Ask more questions" in find_worse(unknown, 1.0)[0]
+    assert find_worse(unknown, 1.0) == [
+        "a against b, H4: no question of 9 differs from another, so others are not known. Ask more."
+    ]
 
 
 def test_the_command_prints_the_contrasts(run, capsys):
@@ -330,7 +332,10 @@ def test_the_exit_code_of_a_worse_model(run, capsys):
     with pytest.raises(SystemExit) as exit_:
         main([str(run), "--fail-if-worse", "0"])
     assert exit_.value.code == 3
-    assert "worse: sdpo step 2 against base, H4: it may be 0.20 points worse, allowed are 0." in capsys.readouterr().out
+    assert (
+        "fail-if-worse: sdpo step 2 against base, H4: it may be 0.20 points worse, allowed are 0."
+        in capsys.readouterr().out
+    )
     with pytest.raises(SdpoError, match=r"--fail-if-worse -1\.0: name how many points worse is still allowed"):
         main([str(run), "--fail-if-worse", "-1"])
 

@@ -138,6 +138,7 @@ def test_the_command_and_the_report(run, capsys, monkeypatch):
     report = Report(run)
     assert report.table("held_out")["step"].to_list() == ["0", "1", "2"]
     assert "is best on the 8 pairs held out" in report.markdown()
+    assert f"python -m sdpo_eval.held_out {run}\npython -m sdpo_eval.report {run}" in report.markdown()
 
 
 def test_a_report_names_the_command_that_is_missing(tmp_path):

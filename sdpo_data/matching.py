@@ -76,9 +76,12 @@ class _Grams:
     @staticmethod
     def of(hashes: Numbers, documents: Numbers, items: Numbers) -> "_Grams":
         """Index runs by hash, but for boilerplate, which names no item: 895 of MMLU's questions begin alike."""
-        both = pl.DataFrame({"hash": hashes, "document": documents, "item": items[documents]}).unique()
-        held_by = both.select("hash", "item").unique().group_by("hash").len()
-        both = both.join(held_by.filter(pl.col("len") > MOST_ITEMS), on="hash", how="anti").sort("hash", "document")
+        both = pl.DataFrame({"hash": hashes, "document": documents}).unique().sort("hash", "document")
+        _, counts = np.unique(both["hash"].to_numpy(), return_counts=True)
+        many = both.filter(np.repeat(counts > MOST_ITEMS, counts))  # of one item there may be many documents
+        many = many.with_columns(item=items[many["document"].to_numpy()])
+        boilerplate = many.group_by("hash").agg(pl.col("item").n_unique()).filter(pl.col("item") > MOST_ITEMS)
+        both = both.filter(~pl.col("hash").is_in(boilerplate["hash"].implode()))
         unique, first = np.unique(both["hash"].to_numpy(), return_index=True)
         return _Grams(unique, np.append(first, both.height), both["document"].to_numpy())
 

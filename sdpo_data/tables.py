@@ -119,6 +119,14 @@ RESULTS = pl.Schema(
         "subset": pl.String,  # "all" or "clean"
     }
 )
+DOCUMENTS = pl.Schema(
+    {  # one row per question that an evaluation asks: what training data is held against
+        "protocol": pl.String,
+        "task": pl.String,
+        "item_id": pl.String,
+        "text": pl.String,  # the question itself, without shots or choices
+    }
+)
 NULLABLE = {
     "system", "rating_chosen", "rating_rejected",  # PAIRS
     "row", "pair_id",  # DROPPED

@@ -10,8 +10,9 @@ import polars as pl
 
 from sdpo_data.config import read_command
 from sdpo_data.console import command, print_table, say
+from sdpo_eval.answers import carry_out
 from sdpo_eval.h4 import MEAN, TASKS
-from sdpo_eval.harness import EvalConfig, carry_out, plan_evaluation
+from sdpo_eval.plan import EvalConfig, plan_evaluation
 
 TITLES = {name: task.title for name, task in TASKS.items()} | {MEAN: "H4"}
 

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from sdpo_data import assets
 from sdpo_data.tables import ITEMS, SdpoError
+from sdpo_eval import documents as h4_documents
 from sdpo_eval import h4
+from sdpo_eval.documents import fingerprint, load_documents
 
 ARC, HELLASWAG, MMLU, TRUTHFULQA = h4.TASKS.values()
 QUESTION = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
@@ -28,7 +30,7 @@ def write(path, rows):
 @pytest.fixture
 def small(monkeypatch):
     """ARC with two questions."""
-    task = dataclasses.replace(ARC, n_full=2)
+    task = dataclasses.replace(ARC, n_full=2, shots=1, published={})
     monkeypatch.setitem(h4.TASKS, "arc_challenge", task)
     return task
 
@@ -77,18 +79,18 @@ def test_no_limit_is_every_item_once(sizes):
 
 
 def test_documents_keep_what_the_task_reads(small, folder):
-    documents = h4.load_documents(small, str(folder))
+    documents = load_documents(small, str(folder))
     assert documents == {
         "arc_challenge": {"train": [QUESTION | {"question": "shot"}], "test": [QUESTION, QUESTION | {"question": "r"}]}
     }
 
 
 def test_mmlu_is_sorted_under_its_subjects(monkeypatch, tmp_path):
-    task = dataclasses.replace(MMLU, n_full=3)
+    task = dataclasses.replace(MMLU, n_full=3, shots=1, published={})
     rows = [{"subject": s, "question": q, "choices": list("wxyz"), "answer": 1} for s, q in ("ap", "bq", "ar")]
     write(tmp_path / "mmlu_dev.jsonl.gz", rows[:2])
     write(tmp_path / "mmlu_test.jsonl.gz", rows)
-    documents = h4.load_documents(task, str(tmp_path))
+    documents = load_documents(task, str(tmp_path))
     assert {s: [d["question"] for d in splits["test"]] for s, splits in documents.items()} == {
         "a": ["p", "r"],
         "b": ["q"],
@@ -98,24 +100,24 @@ def test_mmlu_is_sorted_under_its_subjects(monkeypatch, tmp_path):
 
 def test_a_missing_file(small, tmp_path):
     with pytest.raises(SdpoError, match=r"ARC-Challenge-train.jsonl.gz does not exist; ARC-Challenge is read from it"):
-        h4.load_documents(small, str(tmp_path))
+        load_documents(small, str(tmp_path))
 
 
 def test_a_folder_that_is_none():
     with pytest.raises(SdpoError, match="no benchmark folder nowhere"):
-        h4.load_documents(ARC, "nowhere")
+        load_documents(ARC, "nowhere")
 
 
 def test_half_a_task(folder):
-    with pytest.raises(SdpoError, match=r"holds 2 test documents of ARC-Challenge, the task has 1,172"):
-        h4.load_documents(ARC, str(folder))
+    with pytest.raises(SdpoError, match=r"holds 1 train documents of ARC-Challenge, the task has 1,119"):
+        load_documents(ARC, str(folder))
 
 
 @pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b'{"a": 1}')[:-9], gzip.compress(b'{"a": 1')])
 def test_a_broken_file(small, folder, content):
     (folder / small.files["test"]).write_bytes(content)
     with pytest.raises(SdpoError, match=r"ARC-Challenge-test.jsonl.gz cannot be read as JSON lines"):
-        h4.load_documents(small, str(folder))
+        load_documents(small, str(folder))
 
 
 def test_a_row_without_its_answer(small, folder):
@@ -123,7 +125,7 @@ def test_a_row_without_its_answer(small, folder):
     with pytest.raises(
         SdpoError, match=r"row 1 of ARC-Challenge's test documents lacks one of question, choices, answerKey"
     ):
-        h4.load_documents(small, str(folder))
+        load_documents(small, str(folder))
 
 
 def test_the_hub_gives_the_same_documents(small, folder, monkeypatch):
@@ -135,7 +137,7 @@ def test_the_hub_gives_the_same_documents(small, folder, monkeypatch):
             return Dataset.from_list([json.loads(line) for line in lines])
 
     monkeypatch.setattr(assets, "hub_dataset", hub_dataset)
-    assert h4.load_documents(small, "hub") == h4.load_documents(small, str(folder))
+    assert load_documents(small, "hub") == load_documents(small, str(folder))
     assert asked == [("allenai/ai2_arc", "ARC-Challenge", "train"), ("allenai/ai2_arc", "ARC-Challenge", "test")]
 
 
@@ -147,7 +149,7 @@ def test_truthfulqa_out_of_reach_is_said_and_left_out(folder, monkeypatch, caplo
     monkeypatch.setattr(assets, "hub_dataset", unreachable)
     monkeypatch.setattr(assets, "require_hub", unreachable)
     with caplog.at_level(logging.WARNING):
-        assert h4.load_documents(TRUTHFULQA, str(folder)) is None
+        assert load_documents(TRUTHFULQA, str(folder)) is None
     assert "TruthfulQA is not asked, and H4 needs it. The hub did not answer." in caplog.text
 
 
@@ -155,52 +157,52 @@ def test_a_hub_that_answers_and_does_not_know_truthfulqa_is_an_error(folder, mon
     monkeypatch.setattr(assets, "hub_dataset", unreachable)
     monkeypatch.setattr(assets, "require_hub", lambda what: None)
     with pytest.raises(SdpoError, match="did not answer"):
-        h4.load_documents(TRUTHFULQA, str(folder), "truthfulqa/misspelt")
+        load_documents(TRUTHFULQA, str(folder), "truthfulqa/misspelt")
 
 
 def test_truthfulqa_from_a_file(folder, tmp_path):
-    task = dataclasses.replace(TRUTHFULQA, n_full=1)
+    task = dataclasses.replace(TRUTHFULQA, n_full=1, published={})
     row = {"question": "q", "mc2_targets": {"choices": ["a", "b"], "labels": [1, 0]}}
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps(row | {"mc1_targets": {}}) + "\n")
-    assert h4.load_documents(task, str(folder), str(path)) == {"truthfulqa_mc2": {"validation": [row]}}
+    assert load_documents(task, str(folder), str(path)) == {"truthfulqa_mc2": {"validation": [row]}}
 
 
 def test_truthfulqa_from_a_file_that_is_not_there(folder):
     with pytest.raises(SdpoError, match=r"typo.jsonl does not exist; TruthfulQA is read from it"):
-        h4.load_documents(TRUTHFULQA, str(folder), "typo.jsonl")
+        load_documents(TRUTHFULQA, str(folder), "typo.jsonl")
 
 
 # Fingerprint
 
 
 def test_a_fingerprint_is_of_all_that_changes_numbers(small, folder, monkeypatch):
-    documents = h4.load_documents(small, str(folder))
-    same = h4.fingerprint("h4-lmeval", small, documents, "float32")
+    documents = load_documents(small, str(folder))
+    same = fingerprint("h4-lmeval", small, documents, "float32")
     assert same.startswith("h4-lmeval@")
-    assert same == h4.fingerprint("h4-lmeval", small, h4.load_documents(small, str(folder)), "float32")
+    assert same == fingerprint("h4-lmeval", small, load_documents(small, str(folder)), "float32")
     test = documents["arc_challenge"]["test"]
     others = [
-        h4.fingerprint("h4-other", small, documents, "float32"),
-        h4.fingerprint("h4-lmeval", small, documents, "bfloat16"),
-        h4.fingerprint("h4-lmeval", dataclasses.replace(small, shots=24), documents, "float32"),
-        h4.fingerprint("h4-lmeval", dataclasses.replace(small, sources=MMLU.sources), documents, "float32"),
-        h4.fingerprint("h4-lmeval", small, {"arc_challenge": {"train": [], "test": test}}, "float32"),
-        h4.fingerprint(
+        fingerprint("h4-v1", small, documents, "float32"),
+        fingerprint("h4-lmeval", small, documents, "bfloat16"),
+        fingerprint("h4-lmeval", dataclasses.replace(small, shots=24), documents, "float32"),
+        fingerprint("h4-lmeval", dataclasses.replace(small, sources=MMLU.sources), documents, "float32"),
+        fingerprint("h4-lmeval", small, {"arc_challenge": {"train": [], "test": test}}, "float32"),
+        fingerprint(
             "h4-lmeval", small, {"arc_challenge": documents["arc_challenge"] | {"test": test[::-1]}}, "float32"
         ),
     ]
-    monkeypatch.setattr(h4, "SHOTS_SEED", 1235)
-    others.append(h4.fingerprint("h4-lmeval", small, documents, "float32"))
-    monkeypatch.setattr(h4, "BOS", "never")
-    others.append(h4.fingerprint("h4-lmeval", small, documents, "float32"))
+    monkeypatch.setitem(h4_documents.SHOTS_SEED, "h4-lmeval", 1235)
+    others.append(fingerprint("h4-lmeval", small, documents, "float32"))
+    monkeypatch.setitem(h4_documents.BOS, "h4-lmeval", "never")
+    others.append(fingerprint("h4-lmeval", small, documents, "float32"))
     assert len({other.split("@")[1] for other in [same, *others]}) == 1 + len(others)
 
 
 def test_another_lm_eval_is_another_protocol(small, folder, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.4.14")
     with pytest.raises(SdpoError, match=r"h4-lmeval is defined by lm-eval 0.4.13; here it is 0.4.14"):
-        h4.fingerprint("h4-lmeval", small, h4.load_documents(small, str(folder)), "float32")
+        fingerprint("h4-lmeval", small, load_documents(small, str(folder)), "float32")
 
 
 # Results
@@ -274,7 +276,7 @@ def test_shots_are_those_of_lm_evals_openllm_group():
 
 @pytest.mark.real
 def test_counts_and_chance_on_the_real_files(shared_data):
-    documents = {name: h4.load_documents(task, str(shared_data / "benchmarks")) for name, task in h4.TASKS.items()}
+    documents = {name: load_documents(task, str(shared_data / "benchmarks")) for name, task in h4.TASKS.items()}
     assert len(documents["mmlu"]) == 57
     assert all(len(splits["dev"]) == 5 for splits in documents["mmlu"].values())
     shares = [sum(doc["mc2_targets"]["labels"]) / len(doc["mc2_targets"]["labels"])
@@ -289,5 +291,5 @@ def test_counts_and_chance_on_the_real_files(shared_data):
 @pytest.mark.real
 def test_embedded_documents_are_those_of_the_files(shared_data):
     for task in list(h4.TASKS.values())[:3]:
-        embedded = h4.load_documents(task, "embedded:h4")
-        assert embedded == h4.load_documents(task, str(shared_data / "benchmarks")), task.name
+        embedded = load_documents(task, "embedded:h4")
+        assert embedded == load_documents(task, str(shared_data / "benchmarks")), task.name

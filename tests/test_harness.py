@@ -15,8 +15,11 @@ from sdpo_data import assets
 from sdpo_data.models import load_model, model_key
 from sdpo_data.run import Run
 from sdpo_data.tables import ITEMS, RESULTS, STEPS, SdpoError, check
-from sdpo_eval import h4, harness
-from sdpo_eval.harness import EvalConfig, answer_items, build_items, evaluate, prefix_lm
+from sdpo_eval import EvalConfig, answers, evaluate, h4, questions
+from sdpo_eval.answers import answer_requests
+from sdpo_eval.documents import load_documents
+from sdpo_eval.harness import write_items
+from sdpo_eval.questions import encode_items
 
 SUBJECTS = ["anatomy", "astronomy", "virology"]  # of MMLU: lm-eval has a file for each
 COUNTS = {"arc_challenge": 7, "hellaswag": 6, "mmlu": 9, "truthfulqa_mc2": 5}
@@ -76,7 +79,7 @@ def data(tmp_path_factory):
 def all_shots(data, monkeypatch):
     """The protocol on the small tasks; their folder."""
     for name, count in COUNTS.items():
-        monkeypatch.setitem(h4.TASKS, name, dataclasses.replace(h4.TASKS[name], n_full=count))
+        monkeypatch.setitem(h4.TASKS, name, dataclasses.replace(h4.TASKS[name], n_full=count, published={}))
     return data
 
 
@@ -131,14 +134,13 @@ def run(tmp_path, models):
 def answered(monkeypatch):
     """Item ids in the order in which models answer them."""
     seen = []
-    ask = harness.answer_items
+    score = answers.score_answers
 
-    def noted(lm, task, items):
-        rows = ask(lm, task, items)
-        seen.extend(item.item_id for item in items)
-        return rows
+    def noted(task, item_id, *rest):
+        seen.append(item_id)
+        return score(task, item_id, *rest)
 
-    monkeypatch.setattr(harness, "answer_items", noted)
+    monkeypatch.setattr(answers, "score_answers", noted)
     return seen
 
 
@@ -220,19 +222,23 @@ def pairs_of(sample):
     return [tuple(arguments) for arguments in sample["arguments"]]
 
 
+def asked(item):
+    return [(item.context, choice) for choice in item.choices]
+
+
 @pytest.mark.parametrize("name", COUNTS)
 @pytest.mark.real
 def test_questions_are_lm_evals_own(name, all_shots, tmp_path, monkeypatch):
     task = h4.TASKS[name]
-    documents = h4.load_documents(task, str(all_shots))
+    documents = load_documents(task, str(all_shots))
     subjects = SUBJECTS if name == "mmlu" else [None]
     files = [task_file(tmp_path, name, all_shots, subject) for subject in subjects]
     samples = oracle(dummy_lm(), files, None, tmp_path, monkeypatch)
     for subject, theirs in samples.items():
-        ours = build_items(task, documents, [f"{subject}/{row}" for row in range(len(theirs))])
-        assert [item.pairs for item in ours] == [pairs_of(sample) for sample in theirs]
-        alone = build_items(task, documents, [f"{subject}/2"])  # its shots do not depend on what else is asked
-        assert alone[0].pairs == pairs_of(theirs[2])
+        ours = write_items(task, documents, [f"{subject}/{row}" for row in range(len(theirs))])
+        assert [asked(item) for item in ours] == [pairs_of(sample) for sample in theirs]
+        [alone] = write_items(task, documents, [f"{subject}/2"])  # its shots do not depend on what else is asked
+        assert asked(alone) == pairs_of(theirs[2])
 
 
 @pytest.mark.real
@@ -242,9 +248,9 @@ def test_hellaswag_shots_from_raw_documents_are_lm_evals_own(small, tmp_path, mo
     shutil.copytree(small, raw)
     write(raw / task.files["train"], hellaswag_rows(14))  # as the hub has them
     samples = oracle(dummy_lm(), [task_file(tmp_path, "hellaswag", raw)], None, tmp_path, monkeypatch)
-    ours = build_items(task, h4.load_documents(task, str(raw)), [f"hellaswag/{row}" for row in range(6)])
-    assert [item.pairs for item in ours] == [pairs_of(sample) for sample in samples["hellaswag"]]
-    assert "She takes stone. Then she" in ours[0].pairs[0][0]  # brackets and doubled blanks gone: preprocessed
+    ours = list(write_items(task, load_documents(task, str(raw)), [f"hellaswag/{row}" for row in range(6)]))
+    assert [asked(item) for item in ours] == [pairs_of(sample) for sample in samples["hellaswag"]]
+    assert "She takes stone. Then she" in ours[0].context  # brackets and doubled blanks gone: preprocessed
 
 
 METRICS = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "mmlu": "acc", "truthfulqa_mc2": "acc"}
@@ -261,10 +267,10 @@ def compare_with_lm_eval(folder, data, names, limit, tmp_path, monkeypatch):
         task = h4.TASKS[name]
         samples = oracle(lm, [task_file(tmp_path, name, data, subject)], limit, tmp_path, monkeypatch)
         theirs = samples[subject or name]
-        items = build_items(
-            task, h4.load_documents(task, str(data)), [f"{subject or name}/{row}" for row in range(limit)]
-        )
-        for ours, sample in zip(answer_items(prefix_lm(model, tokenizer), task, items), theirs, strict=True):
+        ids = [f"{subject or name}/{row}" for row in range(limit)]
+        requests = encode_items(write_items(task, load_documents(task, str(data)), ids), tokenizer, "tokenizer")
+        [rows] = answer_requests(model, task, requests, 4096, lambda _: None)
+        for ours, sample in zip(sorted(rows, key=lambda row: row["item_id"]), theirs, strict=True):
             logps = [logp for logp, _ in sample["filtered_resps"]]
             assert ours["choice_logps"] == pytest.approx(logps, abs=1e-4)
             assert ours["score"] == pytest.approx(sample[METRICS[name]], abs=1e-6)
@@ -343,7 +349,7 @@ def test_a_second_time_nothing_is_done(small, models, run, monkeypatch):
     first = evaluate(steps_of(models, "one"), config(small, limit=2), run)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")}
     lineage = Run(run).lineage
-    monkeypatch.setattr(harness, "load_model", None)
+    monkeypatch.setattr(answers, "load_model", None)
     assert_frame_equal(evaluate(steps_of(models, "one"), config(small, limit=2), run), first)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")} == before
     assert Run(run).lineage == lineage
@@ -389,21 +395,25 @@ def test_equal_weights_are_evaluated_once(small, models, run, answered):
 
 @pytest.mark.real
 def test_a_killed_run_goes_on_where_it_stopped(small, models, run, answered, monkeypatch):
-    monkeypatch.setattr(harness, "SAVE_EVERY", 2)
-    ask = harness.answer_items
+    monkeypatch.setattr(answers, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(questions, "SLICE", 4)
+    score = answers.score_answers
 
-    def dies(lm, task, items):
-        if len(answered) == 7 + 6 + 4:  # in MMLU, after ARC and HellaSwag and two blocks of two
+    def dies(*arguments):
+        if len(answered) == 7 + 6 + 4:  # in MMLU, after ARC and HellaSwag and a slice of it
             raise KeyboardInterrupt
-        return ask(lm, task, items)
+        return score(*arguments)
 
-    monkeypatch.setattr(harness, "answer_items", dies)
+    monkeypatch.setattr(answers, "score_answers", dies)
     with pytest.raises(KeyboardInterrupt):
         evaluate(models / "base", config(small), run)
-    monkeypatch.setattr(harness, "answer_items", ask)
+    kept = {*Run(run).items["item_id"]}
+    assert len(kept) > 7 + 6  # some of MMLU's too; what was answered since the last write is lost
+    answered.clear()
+    monkeypatch.setattr(answers, "score_answers", score)
     results = evaluate(models / "base", config(small), run)
-    assert sorted(answered) == sorted(set(answered))
-    assert len(answered) == 27
+    assert not kept & set(answered)
+    assert len(kept) + len(answered) == len({*kept, *answered}) == 27
     assert_frame_equal(results, evaluate(models / "base", config(small)), rel_tol=1e-5)
 
 
@@ -569,7 +579,7 @@ def test_up_to_date_needs_neither_torch_nor_lm_eval(small, models, run):
 import dataclasses, sys
 from sdpo_eval import h4, __main__
 for name, (count, shots) in { {name: (task.n_full, task.shots) for name, task in h4.TASKS.items()} }.items():
-    h4.TASKS[name] = dataclasses.replace(h4.TASKS[name], n_full=count, shots=shots)
+    h4.TASKS[name] = dataclasses.replace(h4.TASKS[name], n_full=count, shots=shots, published={{}})
 sys.argv = ["sdpo_eval", {str(run)!r}]
 __main__.main()
 print([name for name in ("torch", "lm_eval", "transformers", "datasets") if name in sys.modules])
@@ -595,7 +605,7 @@ def test_command_without_steps_evaluates_the_model(small, models, tmp_path, run_
 @pytest.mark.parametrize("name", COUNTS)
 def test_real_questions_are_lm_evals_own(name, shared_data, tmp_path, monkeypatch):
     task, data = h4.TASKS[name], shared_data / "benchmarks"
-    documents = h4.load_documents(task, str(data))
+    documents = load_documents(task, str(data))
     files = [
         task_file(tmp_path, name, data, subject)
         for subject in (["anatomy", "world_religions"] if name == "mmlu" else [None])
@@ -603,8 +613,9 @@ def test_real_questions_are_lm_evals_own(name, shared_data, tmp_path, monkeypatc
     samples = oracle(dummy_lm(), files, 20, tmp_path, monkeypatch)
     for subject, theirs in samples.items():
         rows = [f"{subject}/{row}" for row in range(20)]
-        assert [item.pairs for item in build_items(task, documents, rows)] == [pairs_of(sample) for sample in theirs]
-        assert build_items(task, documents, rows[-1:])[0].pairs == pairs_of(theirs[-1])
+        ours = {item.item_id: asked(item) for item in write_items(task, documents, rows)}
+        assert [ours[row] for row in rows] == [pairs_of(sample) for sample in theirs]
+        assert [asked(item) for item in write_items(task, documents, rows[-1:])] == [pairs_of(theirs[-1])]
 
 
 @pytest.mark.real

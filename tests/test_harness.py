@@ -15,7 +15,7 @@ from sdpo_data import assets
 from sdpo_data.models import load_model, model_key
 from sdpo_data.run import Run
 from sdpo_data.tables import ITEMS, RESULTS, STEPS, SdpoError, check
-from sdpo_eval import EvalConfig, answers, evaluate, h4, questions
+from sdpo_eval import EvalConfig, answers, evaluate, h4, h4_v1, questions
 from sdpo_eval.answers import answer_requests
 from sdpo_eval.documents import load_documents
 from sdpo_eval.harness import write_items
@@ -616,6 +616,29 @@ def test_real_questions_are_lm_evals_own(name, shared_data, tmp_path, monkeypatc
         ours = {item.item_id: asked(item) for item in write_items(task, documents, rows)}
         assert [ours[row] for row in rows] == [pairs_of(sample) for sample in theirs]
         assert [asked(item) for item in write_items(task, documents, rows[-1:])] == [pairs_of(theirs[-1])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COUNTS)
+def test_every_real_question_is_lm_evals_own(name, shared_data, tmp_path, monkeypatch):
+    task, data = h4.TASKS[name], shared_data / "benchmarks"
+    documents = load_documents(task, str(data))
+    subjects = sorted(documents) if name == "mmlu" else [None]
+    files = [task_file(tmp_path, name, data, subject) for subject in subjects]
+    samples = oracle(dummy_lm(), files, None, tmp_path, monkeypatch)
+    theirs = {f"{subject}/{sample['doc_id']}": pairs_of(sample) for subject in samples for sample in samples[subject]}
+    assert len(theirs) == task.n_full
+    assert {item.item_id: asked(item) for item in write_items(task, documents, theirs)} == theirs
+
+
+@pytest.mark.slow
+def test_every_question_of_mmlu_is_the_same_in_both_protocols(shared_data):
+    task = h4.TASKS["mmlu"]
+    documents = load_documents(task, str(shared_data / "benchmarks"))
+    every = [f"{subject}/{row}" for subject, splits in documents.items() for row in range(len(splits["test"]))]
+    old = {item.item_id: item for item in h4_v1.write_items(task, documents, every)}
+    assert len(old) == task.n_full
+    assert {item.item_id: item for item in write_items(task, documents, every)} == old
 
 
 @pytest.mark.real

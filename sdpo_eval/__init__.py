@@ -5,7 +5,7 @@ Names load on first use, so that the report never imports torch or lm_eval.
 
 from importlib import import_module
 
-_HOME = {"EvalConfig": "plan", "Report": "report", "evaluate": "answers", "prefix_lm": "harness"}
+_HOME = {"EvalConfig": "plan", "Report": "report", "evaluate": "evaluation", "prefix_lm": "harness"}
 __all__ = sorted(_HOME)
 
 

@@ -14,7 +14,7 @@ from sdpo_eval.documents import SHOTS_SEED, Documents, gold_choice
 from sdpo_eval.h4 import Task
 from sdpo_eval.questions import Item
 
-LETTERS = "ABCD"
+LETTERS = ["A", "B", "C", "D"]
 TRUTHFULQA_SHOTS = (
     "Q: What is human life expectancy in the United States?\n"
     "A: Human life expectancy in the United States is 78 years.\n\n"
@@ -80,7 +80,7 @@ def pose(task: Task, document: dict[str, Any]) -> tuple[str, list[str], list[boo
         answer = gold_choice(document)
     elif task.name == "mmlu":
         lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, document["choices"], strict=True)]
-        query, choices = "\n".join([document["question"].strip(), *lines, "Answer:"]), list(LETTERS)
+        query, choices = "\n".join([document["question"].strip(), *lines, "Answer:"]), LETTERS
         answer = document["answer"]
     else:
         query, choices = _hellaswag(document)

@@ -1,14 +1,21 @@
 """The only file that imports lm_eval: it has lm-eval write questions, and gives it a model on the prefix engine."""
 
+import difflib
+import hashlib
+import json
 import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from huggingface_hub.errors import HTTPError
+
 from sdpo_data.prefix import score_completions
-from sdpo_eval.documents import SHOTS_SEED, Documents
+from sdpo_data.tables import SdpoError
+from sdpo_eval.documents import LM_EVAL, SHOTS_SEED, Documents
 from sdpo_eval.h4 import Task
 from sdpo_eval.questions import Item
 
@@ -16,6 +23,8 @@ if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.models.huggingface import HFLM
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SHARES = ("acc", "acc_norm", "acc_bytes", "exact_match", "em", "f1", "mc1", "mc2")  # in 0 to 1: given in points
 
 
 def write_items(task: Task, documents: Documents, item_ids: Iterable[str]) -> Iterator[Item]:
@@ -82,7 +91,8 @@ def prefix_lm(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", to
     """Give lm-eval's HFLM for a loaded model, with its log-probabilities from the prefix engine.
 
     It can stand wherever an HFLM does: `lm_eval.simple_evaluate(model=prefix_lm(...), tasks=...)`.
-    Requests are encoded by HFLM; what they share is computed once.
+    Requests are encoded by HFLM; what they share is computed once. All else (generation, rolling
+    windows, models that are not causal) is HFLM's own.
 
     Args:
         token_budget: tokens per packed row at most.
@@ -96,6 +106,8 @@ def prefix_lm(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", to
             disable_tqdm: bool = False,  # noqa: FBT001 - HFLM's
             override_bs: int | None = None,
         ) -> list[tuple[float, bool]]:
+            if self.backend != "causal":
+                return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
             sequences = []
             for _, context, answer in requests:
                 ids = (context + answer)[-(self.max_length + 1) :]  # as HFLM cuts
@@ -108,6 +120,91 @@ def prefix_lm(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", to
             return answers
 
     return PrefixLM(pretrained=model, tokenizer=cast(Any, tokenizer))
+
+
+def evaluate_task(lm: "HFLM", name: str, limit: int | None, task_dir: str | None, dtype: str) -> "Evaluated":
+    """Evaluate a task of lm-eval, or a group of them, as simple_evaluate does: RESULTS and ITEMS without their model.
+
+    Args:
+        lm: see `prefix_lm`; what the task has generated comes from HFLM itself.
+        limit: first documents of each task.
+        task_dir: folder with task files of one's own.
+        dtype: of the forward pass, for the fingerprint.
+
+    Raises:
+        SdpoError: there is no such task, or its data is out of reach.
+    """
+    from lm_eval import simple_evaluate
+
+    with quiet():
+        got = simple_evaluate(model=lm, tasks=[_load_task(name, task_dir)], limit=limit, bootstrap_iters=1000)
+    assert got is not None
+    results, items = [], []
+    for task, samples in got["samples"].items():
+        counts = got["n-samples"][task]
+        hashes = sorted({(sample["doc_hash"], sample["prompt_hash"]) for sample in samples})
+        rule = json.dumps([LM_EVAL, got["configs"][task], hashes, dtype], default=str)
+        protocol = f"lm-eval@{hashlib.sha256(rule.encode()).hexdigest()[:12]}"
+        results += _result_rows(task, protocol, got["results"][task], counts)
+        first = samples[0]["filter"] if samples else None
+        items += [row for sample in samples if sample["filter"] == first for row in _item_rows(task, protocol, sample)]
+    return Evaluated(results, items)
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What a task gave: the columns of RESULTS and of ITEMS that do not say which model it was."""
+
+    results: list[dict[str, Any]]
+    items: list[dict[str, Any]]
+
+
+def _load_task(name: str, task_dir: str | None) -> Any:
+    from lm_eval.tasks import TaskManager, get_task_dict
+
+    manager = TaskManager(include_path=task_dir, include_defaults=False) if task_dir else None
+    if manager is None or name not in manager.all_tasks:
+        manager = TaskManager(include_path=task_dir)  # reads all of lm-eval's own, about 10 s
+    if name not in manager.all_tasks:
+        close = difflib.get_close_matches(name, manager.all_tasks, n=3)
+        raise SdpoError(
+            f"eval.tasks has {name!r}, which is neither of H4 nor of lm-eval {LM_EVAL}"
+            f"{' nor in ' + task_dir if task_dir else ''}. Close to it: {', '.join(close) or 'nothing'}."
+        )
+    try:
+        return get_task_dict([name], manager)
+    except (OSError, ValueError, HTTPError) as error:
+        raise SdpoError(
+            f"The data of {name} cannot be had: {' '.join(str(error).split())[:200]}. Reach the hub once, so that it "
+            "is cached, or name a folder with a task file on your own data in eval.task_dir, or do without the task."
+        ) from None
+
+
+def _result_rows(task: str, protocol: str, metrics: dict[str, Any], counts: dict[str, int]) -> Iterator[dict[str, Any]]:
+    for key, value in metrics.items():
+        metric, _, kind = key.partition(",")
+        if not kind or metric.endswith("_stderr") or not isinstance(value, int | float):
+            continue
+        stderr = metrics.get(f"{metric}_stderr,{kind}")
+        scale = 100 if metric in SHARES else 1
+        known = isinstance(stderr, int | float) and math.isfinite(stderr) and stderr > 0
+        yield {
+            "protocol": protocol, "task": task, "metric": metric if kind == "none" else f"{metric} ({kind})",
+            "value": scale * float(value), "stderr": scale * stderr if known else None,
+            "n": counts["effective"], "n_full": counts["original"], "subset": "all",
+        }  # fmt: skip
+
+
+def _item_rows(task: str, protocol: str, sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    score = sample.get(sample["metrics"][0]) if sample["metrics"] else None
+    if isinstance(score, int | float):  # a perplexity's parts are no score of a question
+        said = sample["filtered_resps"]
+        weighed = [float(one[0]) for one in said if isinstance(one, list | tuple) and isinstance(one[0], int | float)]
+        yield {
+            "protocol": protocol, "task": task, "item_id": f"{task}/{sample['doc_id']}", "subject": task,
+            "correct": float(score) if score in (0, 1) else None, "score": float(score), "gold_logp": None,
+            "choice_logps": weighed,
+        }  # fmt: skip
 
 
 @contextmanager

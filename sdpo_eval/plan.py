@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 UNIT = ["arm", "seed", "step"]
+OTHER_TASKS = {"full": None, "standard": 2000, "small": 200, "tiny": 50}  # first documents of a task beside H4
 
 
 class EvalConfig(Settings):
@@ -59,15 +60,20 @@ class EvalConfig(Settings):
             raise ValueError(f"limit {self.limit} and budget {self.budget!r} both say how many items; set one of them")
         return self
 
-    @property
-    def h4_tasks(self) -> list[str]:
-        """Those of H4's four that are asked, in H4's order."""
-        return [name for name in h4.TASKS if name in self.tasks or h4.MEAN in self.tasks]
 
-    @property
-    def other_tasks(self) -> list[str]:
-        """Tasks of lm-eval beside H4."""
-        return [name for name in dict.fromkeys(self.tasks) if name not in (*h4.TASKS, h4.MEAN)]
+def h4_tasks(config: EvalConfig) -> list[str]:
+    """Name those of H4's four that are asked, in H4's order."""
+    return [name for name in h4.TASKS if name in config.tasks or h4.MEAN in config.tasks]
+
+
+def other_tasks(config: EvalConfig) -> list[str]:
+    """Name the tasks of lm-eval that are asked beside H4."""
+    return [name for name in dict.fromkeys(config.tasks) if name not in (*h4.TASKS, h4.MEAN)]
+
+
+def other_limit(config: EvalConfig) -> int | None:
+    """Count the documents, the first ones, that each task beside H4 is asked."""
+    return config.limit if config.limit is not None else OTHER_TASKS[config.budget]
 
 
 @dataclass(frozen=True)
@@ -111,7 +117,7 @@ def plan_evaluation(
     """Find out whom to ask what, and refuse what cannot be, before anything is done: see `evaluate`."""
     candidates = _candidates(models, run, base)
     questions = plan_questions(config, run)
-    missing = [name for name in config.h4_tasks if name not in questions or not questions[name].documents]
+    missing = [name for name in h4_tasks(config) if name not in questions or not questions[name].documents]
     if not force:
         for candidate in candidates:
             for asked in questions.values():
@@ -121,7 +127,7 @@ def plan_evaluation(
 
 def plan_questions(config: EvalConfig, run: Run) -> dict[str, Questions]:
     """Choose the items of H4's tasks; a task whose documents are out of reach and unknown is not in it."""
-    found = {name: _questions(h4.TASKS[name], config, run) for name in config.h4_tasks}
+    found = {name: _questions(h4.TASKS[name], config, run) for name in h4_tasks(config)}
     return {name: asked for name, asked in found.items() if asked}
 
 
@@ -129,9 +135,10 @@ def list_documents(questions: Iterable[Questions]) -> pl.DataFrame:
     """Give what is evaluated as text, to hold training data against: DOCUMENTS, one row per item asked."""
     rows = []
     for asked in questions:
-        for item_id in asked.chosen if asked.documents else []:
+        documents = asked.documents or {}
+        for item_id in asked.chosen if documents else []:
             subject, _, row = item_id.rpartition("/")
-            text = document_text(asked.documents[subject][asked.task.split][int(row)])
+            text = document_text(documents[subject][asked.task.split][int(row)])
             rows.append((asked.protocol, asked.task.name, item_id, text))
     return pl.DataFrame(rows, DOCUMENTS, orient="row")
 

@@ -84,7 +84,7 @@ class Questions:
         known = REQUESTS.to_frame()
         if path.exists():
             with suppress(pl.exceptions.PolarsError, OSError):  # a cache: if it cannot be read, it is made anew
-                known = pl.read_parquet(path).select(list(REQUESTS)).cast(dict(REQUESTS))
+                known = pl.read_parquet(path).select(list(REQUESTS))
         missing = sorted(set(item_ids) - set(known["item_id"]))
         if missing:
             started = time.monotonic()

@@ -28,7 +28,9 @@ ALL_SHOTS = {
 
 
 def every(documents):
-    return [f"{subject}/{row}" for subject, splits in documents.items() for row in range(len(list(splits.values())[-1]))]
+    return [
+        f"{subject}/{row}" for subject, splits in documents.items() for row in range(len(list(splits.values())[-1]))
+    ]
 
 
 def hashed(requests):
@@ -94,7 +96,7 @@ def test_truthfulqa_counts_what_stands_before_the_first_wrong_answer():
 
 
 def test_hellaswag_is_cleaned_in_the_protocols_order():
-    document = {"activity_label": " Cook", "ctx_a": "a [title] b  [x] c", "ctx_b": "NEXT she", "endings": ["[step]d  e"],
-                "label": "0"}  # fmt: skip
+    story = {"activity_label": " Cook", "ctx_a": "a [title] b  [x] c", "ctx_b": "NEXT she"}
+    document = story | {"endings": ["[step]d  e"], "label": "0"}
     # " [title]" -> ". ", which leaves "a.  b"; "[x]" goes and leaves three blanks; then pairs of blanks become one
     assert pose(HELLASWAG, document)[:2] == ("Cook: a. b  c Next she", ["d e"])

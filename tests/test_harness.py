@@ -136,9 +136,9 @@ def answered(monkeypatch):
     seen = []
     score = answers.score_answers
 
-    def noted(task, item_id, *rest):
-        seen.append(item_id)
-        return score(task, item_id, *rest)
+    def noted(task, **own):
+        seen.append(own["item_id"])
+        return score(task, **own)
 
     monkeypatch.setattr(answers, "score_answers", noted)
     return seen
@@ -399,10 +399,10 @@ def test_a_killed_run_goes_on_where_it_stopped(small, models, run, answered, mon
     monkeypatch.setattr(questions, "SLICE", 4)
     score = answers.score_answers
 
-    def dies(*arguments):
+    def dies(*arguments, **own):
         if len(answered) == 7 + 6 + 4:  # in MMLU, after ARC and HellaSwag and a slice of it
             raise KeyboardInterrupt
-        return score(*arguments)
+        return score(*arguments, **own)
 
     monkeypatch.setattr(answers, "score_answers", dies)
     with pytest.raises(KeyboardInterrupt):
@@ -563,7 +563,7 @@ def test_command(small, models, run, run_command):
     code, out, _ = run_command("sdpo_eval.__main__", run, "--limit", 2, "--data-dir", small)
     assert code == 0
     assert "H4 (n = 8)" in " ".join(out.split())
-    assert "limited run" in out
+    assert "a subset, not the benchmark: " in out
     assert "MMLU 2 of 9" in out
     code, out, _ = run_command("sdpo_eval.__main__", run)  # config.yaml remembers limit and data_dir
     assert code == 0

@@ -119,7 +119,8 @@ def prefix_lm(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", to
                     self.cache_hook.add_partial("loglikelihood", requests[place][0], answers[place])
             return answers
 
-    return PrefixLM(pretrained=model, tokenizer=cast(Any, tokenizer))
+    with quiet():  # of lm-eval's warnings that the model is loaded already
+        return PrefixLM(pretrained=model, tokenizer=cast(Any, tokenizer))
 
 
 def evaluate_task(lm: "HFLM", name: str, limit: int | None, task_dir: str | None, dtype: str) -> "Evaluated":

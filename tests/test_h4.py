@@ -1,5 +1,6 @@
 import dataclasses
 import gzip
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -173,6 +174,77 @@ def test_truthfulqa_from_a_file_that_is_not_there(folder):
         load_documents(TRUTHFULQA, str(folder), "typo.jsonl")
 
 
+# Documents that are not the published ones
+
+
+def published(rows, checksum):
+    return {"test": (rows, checksum)}
+
+
+def test_the_published_documents_are_known_by_their_rows_and_texts(monkeypatch, folder):
+    # sha256 of the two rows as _essence writes them, computed here once more by hand
+    texts = [{"question": question, "choices": ["a", "b"], "answerKey": 1} for question in ("q", "r")]
+    lines = "".join(json.dumps(text, sort_keys=True) + "\n" for text in texts)
+    checksum = hashlib.sha256(lines.encode()).hexdigest()[:16]
+    task = dataclasses.replace(ARC, shots=1, published=published(2, checksum))
+    assert load_documents(task, str(folder))
+    numbered = QUESTION | {"choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"}  # as on the hub
+    write(folder / ARC.files["test"], [numbered, numbered | {"question": "r"}])
+    assert load_documents(task, str(folder))
+    write(folder / ARC.files["test"], [numbered, numbered | {"question": "r "}])
+    with pytest.raises(
+        SdpoError, match=rf"ARC-Challenge's test documents have checksum \w+, the published ones {checksum}"
+    ):
+        load_documents(task, str(folder))
+    with pytest.raises(SdpoError, match="holds 2 test documents of ARC-Challenge, the task has 3"):
+        load_documents(dataclasses.replace(ARC, shots=1, published=published(3, checksum)), str(folder))
+
+
+def test_too_few_shots_are_refused(folder):
+    with pytest.raises(SdpoError, match="holds 1 train documents of arc_challenge, which needs 2 shots"):
+        load_documents(dataclasses.replace(ARC, shots=2, published={}), str(folder))
+
+
+def test_a_missing_subject_is_refused(shared_data, tmp_path):
+    for file in MMLU.files.values():
+        with gzip.open(shared_data / "benchmarks" / file) as lines:
+            rows = [row for row in map(json.loads, lines) if row["subject"] != "virology"]
+        write(tmp_path / file, rows)
+    with pytest.raises(SdpoError, match="holds 280 dev documents of MMLU in 56 subjects, the task has 285"):
+        load_documents(MMLU, str(tmp_path))
+
+
+# Budgets
+
+
+FULL = {name: {name: task.n_full} for name, task in h4.TASKS.items()}
+MMLU_SIZES = {f"s{number}": 100 for number in range(57)}
+
+
+def test_a_budget_lies_within_the_next_larger_one():
+    for small, large in (("tiny", "small"), ("small", "standard"), ("standard", "full")):
+        for name, count in h4.BUDGETS[small].items():
+            sizes = MMLU_SIZES if name == "mmlu" else FULL[name]
+            few, many = (h4.select_items(sizes, h4.BUDGETS[budget].get(name)) for budget in (small, large))
+            assert len(few) == count
+            assert set(few) < set(many)
+
+
+def test_standard_is_35_of_each_subject():
+    chosen = h4.select_items(MMLU_SIZES, h4.BUDGETS["standard"]["mmlu"])
+    assert set(Counter(item.split("/")[0] for item in chosen).values()) == {35}
+
+
+def test_the_error_that_a_budget_buys():
+    # an item's SD is 50 at most. ARC 50 / sqrt(1172) = 1.4605; HellaSwag 50 / sqrt(2000) = 1.1180;
+    # MMLU sqrt(57 * 2500 / 35) / 57 = 1.1194; TruthfulQA 50 / sqrt(817) = 1.7493;
+    # H4 sqrt(1.4605^2 + 1.1180^2 + 1.1194^2 + 1.7493^2) / 4 = sqrt(7.6962) / 4 = 0.6935
+    counts = FULL | {"hellaswag": {"hellaswag": 2000}, "mmlu": dict.fromkeys(MMLU_SIZES, 35)}
+    errors = h4.largest_stderr(counts)
+    assert list(errors.values()) == pytest.approx([1.4605, 1.1180, 1.1194, 1.7493, 0.6935], abs=1e-4)
+    assert "h4" not in h4.largest_stderr({"mmlu": counts["mmlu"]})
+
+
 # Fingerprint
 
 
@@ -236,6 +308,23 @@ def test_results_by_hand():
     mmlu = 10_000 / 24
     assert results["stderr"].to_list() == pytest.approx([25, 50, mmlu**0.5, 10, (3225 + mmlu) ** 0.5 / 4])
     assert results["subset"].unique().to_list() == ["all"]
+
+
+TABLE_2 = [  # arXiv 2403.19270: H4, ARC, HellaSwag, MMLU, TruthfulQA
+    (74.31, 71.33, 88.08, 65.39, 72.45), (72.67, 69.62, 87.16, 66.00, 67.90), (73.40, 70.22, 87.63, 71.16, 64.58),
+    (72.95, 71.08, 87.89, 70.58, 62.25),  # SOLAR-0-70B: printed as 72.93, which its parts do not give
+    (72.17, 65.19, 85.94, 77.37, 60.19), (70.72, 64.59, 85.69, 76.35, 56.23), (69.51, 67.32, 85.96, 65.95, 58.80),
+    (69.27, 63.14, 84.88, 60.78, 68.26), (68.57, 69.45, 88.86, 70.50, 45.47), (67.78, 66.04, 86.49, 71.82, 46.78),
+    (67.35, 67.32, 87.33, 69.83, 44.92), (66.36, 62.03, 84.52, 61.44, 57.44), (64.85, 58.28, 83.99, 67.70, 49.43),
+    (64.27, 61.95, 84.60, 65.48, 45.04), (62.40, 59.98, 83.31, 64.16, 42.15), (72.56, 69.20, 87.27, 65.96, 67.81),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", TABLE_2, ids=str)
+def test_h4_of_the_papers_table(row):
+    printed, *parts = row
+    frame = pl.concat([items(task, [part / 100]) for task, part in zip(h4.TASKS, parts, strict=True)])
+    assert h4.summarise_items(frame).filter(task="h4")["value"][0] == pytest.approx(printed, abs=0.0051)
 
 
 def test_no_h4_without_all_four():

@@ -14,11 +14,11 @@ from polars.testing import assert_frame_equal
 from sdpo_data import assets
 from sdpo_data.models import load_model, model_key
 from sdpo_data.run import Run
-from sdpo_data.tables import ITEMS, RESULTS, STEPS, SdpoError, check
+from sdpo_data.tables import DOCUMENTS, ITEMS, RESULTS, STEPS, SdpoError, check
 from sdpo_eval import EvalConfig, answers, evaluate, h4, h4_v1, questions
 from sdpo_eval.answers import answer_requests
 from sdpo_eval.documents import load_documents
-from sdpo_eval.harness import write_items
+from sdpo_eval.harness import prefix_lm, write_items
 from sdpo_eval.questions import encode_items
 
 SUBJECTS = ["anatomy", "astronomy", "virology"]  # of MMLU: lm-eval has a file for each
@@ -596,6 +596,154 @@ def test_command_without_steps_evaluates_the_model(small, models, tmp_path, run_
     assert code == 0
     assert "no H4" in out
     assert Run(tmp_path / "new").results.select("arm", "model_key").rows() == [("base", model_key(models / "two"))]
+
+
+def test_what_is_evaluated_as_text(small, run, run_command):
+    code, out, _ = run_command("sdpo_eval.__main__", run, "--documents", "--limit", 2, "--data-dir", small)
+    assert code == 0
+    assert "8 questions" in out
+    documents = check(Run(run).read("documents"), DOCUMENTS, "documents")
+    assert documents["task"].unique(maintain_order=True).to_list() == list(COUNTS)
+    texts = dict(documents.select("item_id", "text").rows())
+    row = int(documents.filter(task="hellaswag")["item_id"][0].split("/")[1])
+    assert texts[f"hellaswag/{row}"] == f"[title] She takes  {WORDS[row]}. Then she"
+    assert texts[documents.filter(task="arc_challenge")["item_id"][0]].startswith("Which is ")
+    assert not (run / "results.parquet").exists()
+
+
+def test_clean_results_leave_out_what_training_pairs_touch(small, models, run):
+    tasks = config(small, tasks=["arc_challenge", "truthfulqa_mc2"])
+    before = evaluate(models / "one", tasks, run)
+    assert before["subset"].unique().to_list() == ["all"]
+    touched = [("p1", "arc_challenge", "arc_challenge/2"), ("p2", "arc_challenge", "arc_challenge/2"),
+               ("p3", "arc_challenge", "arc_challenge/5")]  # fmt: skip
+    pl.DataFrame(touched, ["pair_id", "task", "item_id"], orient="row").write_parquet(run / "contamination.parquet")
+    results = evaluate(models / "one", tasks, run)
+    assert_frame_equal(results.filter(subset="all"), before)
+    clean = results.filter(subset="clean")
+    assert clean.select("task", "n", "n_full").rows() == [("arc_challenge", 5, 5), ("truthfulqa_mc2", 5, 5)]
+    scores = Run(run).items.filter(task="arc_challenge").filter(~pl.col("item_id").str.ends_with("/2"))
+    scores = scores.filter(~pl.col("item_id").str.ends_with("/5"))["score"]
+    assert clean["value"][0] == pytest.approx(100 * scores.mean())
+    assert clean["value"][1] == before["value"][1]
+
+
+def test_show_prints_the_ends_of_one_request_per_task(small, models, run, run_command):
+    arguments = ["--show", "--data-dir", small, "--model", models / "one", "--protocol", "h4-v1"]
+    code, out, _ = run_command("sdpo_eval.__main__", run, *arguments)
+    assert code == 0
+    assert out.count("  begins ") == 4
+    mmlu = out[out.index("MMLU, ") : out.index("TruthfulQA, ")].splitlines()
+    assert mmlu[1].replace(" ", "").startswith("beginsThe")
+    assert mmlu[2].replace(" ", "").endswith("wer:")
+    assert mmlu[3].split() == ["choice", "Ġ", "A"] or mmlu[3].split() == ["choice", "ĠA"]
+    assert not (run / "results.parquet").exists()
+
+
+def test_one_model_without_a_run_folder(small, models, run_command):
+    code, out, _ = run_command(
+        "sdpo_eval.__main__", "--model", models / "two", "--limit", 1, "--tasks", "mmlu", "--data-dir", small
+    )
+    assert code == 0
+    assert f"{models / 'two'}, nothing kept" in out.replace("\n", "")
+
+
+def test_limit_and_budget_together_are_refused(run, run_command):
+    code, _, err = run_command("sdpo_eval.__main__", run, "--limit", 5, "--budget", "tiny")
+    assert code == 2
+    assert "limit 5 and budget 'tiny' both say how many items; set one of them" in err
+
+
+def test_protocols_are_not_mixed_in_one_run(small, models, run):
+    first = evaluate(models / "one", config(small, limit=2, tasks=["mmlu"]), run)
+    with pytest.raises(SdpoError, match=r"holds answers of protocol h4-lmeval@.*, now it is h4-v1@"):
+        evaluate(models / "one", config(small, limit=2, tasks=["mmlu"], protocol="h4-v1"), run)
+    other = evaluate(models / "one", config(small, limit=2, tasks=["mmlu"], protocol="h4-v1"))
+    assert other["value"].to_list() == first["value"].to_list()  # MMLU's questions are the same in both
+
+
+def test_a_step_whose_tokenizer_adds_bos_unlike_the_base_models_is_refused(small, models, run, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    shutil.copytree(models / "one", tmp_path / "one")
+    _, tokenizer = load_model(tmp_path / "one")
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(tmp_path / "one")
+    steps = steps_of(models, "one").with_columns(model=pl.lit(str(tmp_path / "one")))
+    with pytest.raises(SdpoError, match=r"one adds BOS before a text, unlike the base model's"):
+        evaluate(steps, config(small, limit=1, tasks=["truthfulqa_mc2"]), run)
+
+
+# Tasks beside H4
+
+
+@pytest.fixture
+def other_tasks(tmp_path):
+    """Folder with two tasks of one's own, one of choices and one that generates."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [{"q": f"Is it {row}?", "answers": choices(row, 3), "gold": row % 3} for row in range(5)]
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "own.jsonl")}}}
+    common = {**data, "test_split": "test", "doc_to_text": "{{q}}", "metadata": {"version": 1}}
+    choose = {"task": "choose", "output_type": "multiple_choice", "doc_to_choice": "{{answers}}",
+              "doc_to_target": "gold", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}  # fmt: skip
+    write_it = {"task": "write_it", "output_type": "generate_until", "metric_list": [{"metric": "exact_match"}],
+                "doc_to_target": "{{answers[0]}}", "generation_kwargs": {"until": ["?"], "max_gen_toks": 4}}  # fmt: skip
+    for task in (choose, write_it):
+        ruamel.yaml.YAML().dump(common | task, folder / f"{task['task']}.yaml")
+    return folder
+
+
+def test_other_tasks_stand_beside_h4_and_are_lm_evals_own(small, models, run, other_tasks, tmp_path, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    names = ["mmlu", "choose", "write_it"]
+    settings = config(small, limit=3, tasks=names, task_dir=str(other_tasks))
+    results = evaluate(models / "one", settings, run)
+    assert results.select("task", "metric", "n", "n_full").rows() == [
+        ("mmlu", "acc", 3, 9), ("choose", "acc", 3, 5), ("choose", "acc_norm", 3, 5), ("write_it", "exact_match", 3, 5),
+    ]  # fmt: skip
+    check(results, RESULTS, "results")
+    items = check(Run(run).items, ITEMS, "items")
+    model, tokenizer = load_model(models / "one")
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    theirs = oracle(lm, [str(other_tasks / "choose.yaml")], 3, tmp_path, monkeypatch)["choose"]
+    ours = items.filter(task="choose").sort("item_id")
+    for row, sample in zip(ours.iter_rows(named=True), theirs, strict=True):
+        assert row["choice_logps"] == pytest.approx([logp for logp, _ in sample["filtered_resps"]], abs=1e-4)
+        assert row["score"] == sample["acc"]
+    assert results.filter(task="choose", metric="acc")["value"][0] == pytest.approx(100 * ours["score"].mean())
+    assert results.filter(task="choose")["protocol"][0].startswith("lm-eval@")
+    monkeypatch.setattr(answers, "load_model", None)
+    assert_frame_equal(evaluate(models / "one", settings, run), results)  # nothing is done a second time
+
+
+@pytest.mark.real
+def test_a_task_that_is_none(small, models, run, other_tasks):
+    with pytest.raises(SdpoError, match=r"eval.tasks has 'chose', which is neither of H4 nor of lm-eval.*choose"):
+        evaluate(models / "one", config(small, tasks=["chose"], task_dir=str(other_tasks)), run)
+
+
+def test_a_task_whose_data_is_out_of_reach(small, models, run, other_tasks):
+    (other_tasks / "own.jsonl").unlink()
+    with pytest.raises(SdpoError, match=r"The data of choose cannot be had: .* eval.task_dir"):
+        evaluate(models / "one", config(small, tasks=["choose"], task_dir=str(other_tasks)), run)
+
+
+def test_anyones_simple_evaluate_on_the_prefix_engine(models):
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = load_model(models / "one")
+    long = list(range(3, 300)) * 2  # longer than the 512 tokens that the model reads: cut on the left, as HFLM does
+    requests = [(("", ""), [5, 6, 7], [8]), (("", ""), [5, 6], [9, 10, 11]), (("", ""), long, [4, 5])]
+    ours = prefix_lm(model, tokenizer)._loglikelihood_tokens(requests)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer)._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert [logp for logp, _ in ours] == pytest.approx([logp for logp, _ in theirs], abs=1e-4)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
 
 
 # The real model and data

@@ -22,6 +22,7 @@ from sdpo_eval.questions import Item
 if TYPE_CHECKING:
     from lm_eval.api.task import ConfigurableTask
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHARES = ("acc", "acc_norm", "acc_bytes", "exact_match", "em", "f1", "mc1", "mc2")  # in 0 to 1: given in points
@@ -138,7 +139,8 @@ def evaluate_task(lm: "HFLM", name: str, limit: int | None, task_dir: str | None
     from lm_eval import simple_evaluate
 
     with quiet():
-        got = simple_evaluate(model=lm, tasks=[_load_task(name, task_dir)], limit=limit, bootstrap_iters=1000)
+        tasks, manager = _load_tasks(name, task_dir)
+        got = simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=1000)
     assert got is not None
     results, items = [], []
     for task, samples in got["samples"].items():
@@ -160,8 +162,8 @@ class Evaluated:
     items: list[dict[str, Any]]
 
 
-def _load_task(name: str, task_dir: str | None) -> Any:
-    from lm_eval.tasks import TaskManager, get_task_dict
+def _load_tasks(name: str, task_dir: str | None) -> "tuple[list[Any], TaskManager]":
+    from lm_eval.tasks import TaskManager
 
     manager = TaskManager(include_path=task_dir, include_defaults=False) if task_dir else None
     if manager is None or name not in manager.all_tasks:
@@ -173,7 +175,7 @@ def _load_task(name: str, task_dir: str | None) -> Any:
             f"{' nor in ' + task_dir if task_dir else ''}. Close to it: {', '.join(close) or 'nothing'}."
         )
     try:
-        return get_task_dict([name], manager)
+        return list(manager.load([name])["tasks"].values()), manager
     except (OSError, ValueError, HTTPError) as error:
         raise SdpoError(
             f"The data of {name} cannot be had: {' '.join(str(error).split())[:200]}. Reach the hub once, so that it "

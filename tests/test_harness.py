@@ -691,8 +691,9 @@ def other_tasks(tmp_path):
     common = {**data, "test_split": "test", "doc_to_text": "{{q}}", "metadata": {"version": 1}}
     choose = {"task": "choose", "output_type": "multiple_choice", "doc_to_choice": "{{answers}}",
               "doc_to_target": "gold", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}  # fmt: skip
+    kwargs = {"until": ["?"], "max_gen_toks": 4}
     write_it = {"task": "write_it", "output_type": "generate_until", "metric_list": [{"metric": "exact_match"}],
-                "doc_to_target": "{{answers[0]}}", "generation_kwargs": {"until": ["?"], "max_gen_toks": 4}}  # fmt: skip
+                "doc_to_target": "{{answers[0]}}", "generation_kwargs": kwargs}  # fmt: skip
     for task in (choose, write_it):
         ruamel.yaml.YAML().dump(common | task, folder / f"{task['task']}.yaml")
     return folder

@@ -45,8 +45,8 @@ class Command:
     settings: dict[str, Settings]
     file: dict[str, Any]
     """What config.yaml is to hold: the old file, the recipe and the flags, merged."""
-    flags: dict[str, bool]
-    """The command's own switches, which are no settings."""
+    asked: frozenset[str]
+    """The switches that were given: what to do this once, which is no setting and not remembered."""
     kept: bool
     """RUN was named; if not, `run` is a folder that is gone when the process ends."""
 
@@ -80,7 +80,7 @@ def read_command(
     models: dict[str, type[Settings]],
     argv: list[str] | None = None,
     *,
-    flags: Mapping[str, str] | None = None,
+    switches: Mapping[str, str] | None = None,
     needs_run: bool = True,
 ) -> Command:
     """Read `RUN [--config FILE] [--force] [--setting value ...]` against the run's config.yaml.
@@ -91,7 +91,7 @@ def read_command(
         own: the section whose settings are flags without a prefix (`--parts 2`); the settings
             of the other sections carry theirs (`--score.max-length 512`).
         models: section name -> its settings model.
-        flags: switch -> its help; switches are not remembered.
+        switches: flags for this call alone, such as check for --check, with their help.
         needs_run: RUN must be named; if not, a folder for this process stands in for it.
 
     Raises:
@@ -99,14 +99,14 @@ def read_command(
     """
     argv = sys.argv[1:] if argv is None else argv
     run, recipe = _peek(argv)
-    fields = _command_fields(flags or {}, needs_run=needs_run)
+    fields = _command_fields(switches or {}, needs_run=needs_run)
     call = _parse(prog, description, own, models, argv, [run, recipe], fields)
     if run is None and call.kept:  # flags stood before RUN: read again, now knowing whose config.yaml has the defaults
         call = _parse(prog, description, own, models, argv, [call.run.path, recipe], fields)
     return call
 
 
-def _command_fields(flags: Mapping[str, str], *, needs_run: bool) -> dict[str, Any]:
+def _command_fields(switches: Mapping[str, str], *, needs_run: bool) -> dict[str, Any]:
     import tyro  # only here: importing a package of ours stays fast
 
     run, folder = tyro.conf.arg(help="Run folder; made if missing."), Path if needs_run else Path | None
@@ -117,7 +117,7 @@ def _command_fields(flags: Mapping[str, str], *, needs_run: bool) -> dict[str, A
             None,
         ),
     }
-    for name, text in {"force": "Remake what is finished.", **flags}.items():
+    for name, text in {"force": "Remake what is finished.", **switches}.items():
         fields[name] = (Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help=text)], False)
     return fields
 
@@ -160,11 +160,10 @@ def _parse(
             file[name] = {**(file.get(name) or {}), **changed}
     if given.model != DEFAULT_MODEL or "model" in file:
         file["model"] = given.model
-    switches = {name: getattr(given, name) for name in own_fields if name not in ("run", "config", "force")}
+    switches = own_fields.keys() - {"run", "config", "force"}
+    asked = frozenset(name for name in switches if getattr(given, name))
     kept = given.run is not None
-    return Command(
-        Run(given.run if kept else _passing_folder()), given.force, given.model, settings, file, switches, kept
-    )
+    return Command(Run(given.run if kept else _passing_folder()), given.force, given.model, settings, file, asked, kept)
 
 
 def _passing_folder() -> str:

@@ -20,7 +20,7 @@ from sdpo_eval.h4 import MEAN, TASKS
 from sdpo_eval.plan import EvalConfig, list_documents, plan_evaluation, plan_questions
 
 TITLES = {name: task.title for name, task in TASKS.items()} | {MEAN: "H4"}
-FLAGS = {
+SWITCHES = {
     "documents": "Write RUN/documents.parquet, the questions as text, and evaluate nothing.",
     "show": "Print the first and last tokens of one request per task, and evaluate nothing.",
 }
@@ -28,12 +28,14 @@ FLAGS = {
 
 def main() -> None:
     """Write RUN/items/*.parquet and RUN/results.parquet, and show the tasks by model."""
-    call = read_command("python -m sdpo_eval", __doc__, "eval", {"eval": EvalConfig}, flags=FLAGS, needs_run=False)
+    call = read_command(
+        "python -m sdpo_eval", __doc__, "eval", {"eval": EvalConfig}, switches=SWITCHES, needs_run=False
+    )
     config, steps = call.settings["eval"], call.run.steps
     assert isinstance(config, EvalConfig)
-    if call.flags["documents"]:
+    if "documents" in call.asked:
         return _write_documents(call, config)
-    if call.flags["show"]:
+    if "show" in call.asked:
         return _show_requests(call, config)
     plan = plan_evaluation(steps if steps.height else call.model, config, call.run, base=call.model, force=call.force)
     made, path = call.run.lineage.get("results"), call.run.path / "results.parquet"

@@ -4,12 +4,15 @@ The model stands beside the command that reads it; this file only reads and merg
 wins: defaults, RUN/config.yaml, `--config FILE`, flags.
 """
 
+import atexit
 import contextlib
 import difflib
 import io
 import itertools
+import shutil
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -45,8 +48,10 @@ class Command:
     settings: dict[str, Settings]
     file: dict[str, Any]
     """What config.yaml is to hold: the old file, the recipe and the flags, merged."""
-    asked: frozenset[str] = frozenset()
+    asked: frozenset[str]
     """The switches that were given: what to do this once, which is no setting and not remembered."""
+    kept: bool
+    """RUN was named; if not, `run` is a folder that is gone when the process ends."""
 
     def save(self) -> None:
         """Merge the settings into RUN/config.yaml. Call it once the work they ask for is done."""
@@ -87,7 +92,8 @@ def read_command(
     models: dict[str, type[Settings]],
     argv: list[str] | None = None,
     *,
-    switches: dict[str, str] | None = None,
+    switches: Mapping[str, str] | None = None,
+    needs_run: bool = True,
 ) -> Command:
     """Read `RUN [--config FILE] [--force] [--setting value ...]` against the run's config.yaml.
 
@@ -98,16 +104,34 @@ def read_command(
             of the other sections carry theirs (`--score.max-length 512`).
         models: section name -> its settings model.
         switches: flags for this call alone, such as check for --check, with their help.
+        needs_run: RUN must be named; if not, a folder for this process stands in for it.
 
     Raises:
         SdpoError: an unknown section or setting, or a value of the wrong type or range.
     """
     argv = sys.argv[1:] if argv is None else argv
     run, recipe = _peek(argv)
-    call = _parse(prog, description, own, models, argv, [run, recipe], switches or {})
-    if run is None:  # flags stood before RUN: read again, now knowing whose config.yaml gives the defaults
-        call = _parse(prog, description, own, models, argv, [call.run.path, recipe], switches or {})
+    fields = _command_fields(switches or {}, needs_run=needs_run)
+    call = _parse(prog, description, own, models, argv, [run, recipe], fields)
+    if run is None and call.kept:  # flags stood before RUN: read again, now knowing whose config.yaml has the defaults
+        call = _parse(prog, description, own, models, argv, [call.run.path, recipe], fields)
     return call
+
+
+def _command_fields(switches: Mapping[str, str], *, needs_run: bool) -> dict[str, Any]:
+    import tyro  # only here: importing a package of ours stays fast
+
+    run, folder = tyro.conf.arg(help="Run folder; made if missing."), Path if needs_run else Path | None
+    fields: dict[str, Any] = {
+        "run": (Annotated[tyro.conf.Positional[folder], run], ... if needs_run else None),
+        "config": (
+            Annotated[Path | None, tyro.conf.arg(help="Recipe to start from: a file, or a name in configs/.")],
+            None,
+        ),
+    }
+    for name, text in {"force": "Remake what is finished.", **switches}.items():
+        fields[name] = (Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help=text)], False)
+    return fields
 
 
 def _parse(
@@ -117,33 +141,20 @@ def _parse(
     models: dict[str, type[Settings]],
     argv: list[str],
     places: list[Path | None],
-    switches: dict[str, str],
+    own_fields: dict[str, Any],
 ) -> Command:
-    import tyro  # only here: importing a package of ours stays fast
+    import tyro
 
     files = _read_files(*places)
     file = _merged(files)
     loaded = {name: _section(model, name, files) for name, model in models.items()}
     fields: dict[str, Any] = {
-        "run": (Annotated[tyro.conf.Positional[Path], tyro.conf.arg(help="Run folder; made if missing.")], ...),
-        "config": (
-            Annotated[Path | None, tyro.conf.arg(help="Recipe to start from: a file, or a name in configs/.")],
-            None,
-        ),
-        "force": (
-            Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Remake what is finished.")],
-            False,
-        ),
+        **own_fields,
         "model": (
             Annotated[str, tyro.conf.arg(help="Reference model S: a folder, a hub id, or embedded:NAME.")],
             file.get("model", DEFAULT_MODEL),
         ),
     }
-    for name, text in switches.items():
-        fields[f"switch_{name}"] = (
-            Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(name=name, help=text)],
-            False,
-        )
     for name, model in models.items():
         prefix, unchecked = tyro.conf.arg(name="" if name == own else name), _without_limits(model)
         fields[f"{name}_settings"] = (Annotated[unchecked, prefix], unchecked(**dict(loaded[name])))
@@ -161,8 +172,16 @@ def _parse(
             file[name] = {**(file.get(name) or {}), **changed}
     if given.model != DEFAULT_MODEL or "model" in file:
         file["model"] = given.model
-    asked = frozenset(name for name in switches if getattr(given, f"switch_{name}"))
-    return Command(Run(given.run), given.force, given.model, settings, file, asked)
+    switches = own_fields.keys() - {"run", "config", "force"}
+    asked = frozenset(name for name in switches if getattr(given, name))
+    kept = given.run is not None
+    return Command(Run(given.run if kept else _passing_folder()), given.force, given.model, settings, file, asked, kept)
+
+
+def _passing_folder() -> str:
+    folder = tempfile.mkdtemp(prefix="sdpo-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _without_limits(model: type[Settings]) -> type[pydantic.BaseModel]:

@@ -7,10 +7,11 @@ from importlib import import_module
 
 _HOME = {
     "CompareConfig": "contrasts",
-    "EvalConfig": "harness",
+    "EvalConfig": "plan",
     "Report": "report",
     "compare_models": "compare",
-    "evaluate": "harness",
+    "evaluate": "evaluation",
+    "prefix_lm": "harness",
     "score_held_out": "held_out",
 }
 __all__ = sorted(_HOME)

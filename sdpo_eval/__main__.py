@@ -1,35 +1,74 @@
 """Evaluate RUN's base model and every finished step on H4's tasks, all on the same items.
 
+Without RUN, one model, of which nothing is kept.
+
 Examples:
-    python -m sdpo_eval runs/a                  # all 26,073 items: for a GPU
-    python -m sdpo_eval runs/a --limit 100      # 100 of each task, always the same ones
-    python -m sdpo_eval runs/a --limit 8 --mmlu-subjects astronomy virology --data-dir my/benchmarks
+    python -m sdpo_eval runs/a                          # all 26,073 items: for a GPU
+    python -m sdpo_eval runs/a --budget tiny            # 207 items, always the same: minutes a model on two cores
+    python -m sdpo_eval runs/a --tasks h4 winogrande    # and another task of lm-eval, kept apart
+    python -m sdpo_eval runs/a --documents              # what is asked, as text, for decontamination
+    python -m sdpo_eval --model my/model --limit 200
 """
 
 import polars as pl
 
-from sdpo_data.config import read_command
+from sdpo_data.config import Command, read_command
 from sdpo_data.console import command, print_table, say
+from sdpo_data.models import load_tokenizer
+from sdpo_eval.evaluation import carry_out
 from sdpo_eval.h4 import MEAN, TASKS
-from sdpo_eval.harness import EvalConfig, carry_out, plan_evaluation
+from sdpo_eval.plan import EvalConfig, list_documents, plan_evaluation, plan_questions
 
 TITLES = {name: task.title for name, task in TASKS.items()} | {MEAN: "H4"}
+SWITCHES = {
+    "documents": "Write RUN/documents.parquet, the questions as text, and evaluate nothing.",
+    "show": "Print the first and last tokens of one request per task, and evaluate nothing.",
+}
 
 
 def main() -> None:
     """Write RUN/items/*.parquet and RUN/results.parquet, and show the tasks by model."""
-    call = read_command("python -m sdpo_eval", __doc__, "eval", {"eval": EvalConfig})
+    call = read_command(
+        "python -m sdpo_eval", __doc__, "eval", {"eval": EvalConfig}, switches=SWITCHES, needs_run=False
+    )
     config, steps = call.settings["eval"], call.run.steps
     assert isinstance(config, EvalConfig)
+    if "documents" in call.asked:
+        return _write_documents(call, config)
+    if "show" in call.asked:
+        return _show_requests(call, config)
     plan = plan_evaluation(steps if steps.height else call.model, config, call.run, base=call.model, force=call.force)
     made, path = call.run.lineage.get("results"), call.run.path / "results.parquet"
     results = carry_out(plan)
     if call.run.lineage.get("results") == made:
         say(f"up to date: {path}")
     else:
-        print_table(tabulate(results), f"{path}: points of 100 ± standard error")
+        title = "points of 100 ± standard error"
+        print_table(tabulate(results), f"{path}: {title}" if call.kept else f"{call.model}, nothing kept: {title}")
     for line in caveats(results, plan.missing_tasks):
         say(line)
+    return None
+
+
+def _write_documents(call: Command, config: EvalConfig) -> None:
+    documents = list_documents(plan_questions(config, call.run).values())
+    with call.run.stage("documents", config.model_dump(exclude={"token_budget"}), force=True) as stage:
+        stage.write("documents", documents)
+    counts = ", ".join(f"{TITLES[task]} {n:,}" for task, n in documents["task"].value_counts(sort=True).rows())
+    say(f"{call.run.path / 'documents.parquet'}: {documents.height:,} questions ({counts})")
+
+
+def _show_requests(call: Command, config: EvalConfig) -> None:
+    tokenizer = load_tokenizer(call.model)
+    for name, asked in plan_questions(config, call.run).items():
+        if asked.documents:
+            row = asked.encode(asked.chosen[:1], tokenizer, call.run.path / ".requests").row(0, named=True)
+            ids, answer = row["context"], row["answers"][0]
+            first, last, choice = (
+                " ".join(tokenizer.convert_ids_to_tokens(part)) for part in (ids[:8], ids[-8:], answer)
+            )
+            say(f"{TITLES[name]}, {row['item_id']}, {asked.protocol}: {len(ids):,} tokens, first choice {len(answer)}")
+            say(f"  begins {first}\n  ends   {last}\n  choice {choice}")
 
 
 def tabulate(results: pl.DataFrame) -> pl.DataFrame:
@@ -38,7 +77,9 @@ def tabulate(results: pl.DataFrame) -> pl.DataFrame:
     for row in results.iter_rows(named=True):
         stderr = "?" if row["stderr"] is None else f"{row['stderr']:.1f}"
         cells = rows.setdefault((row["arm"], row["seed"], row["step"]), {})
-        cells[f"{TITLES[row['task']]} (n = {row['n']:,})"] = f"{row['value']:.1f} ± {stderr}"
+        title = TITLES.get(row["task"], f"{row['task']} {row['metric']}")
+        title += "" if row["subset"] == "all" else f", {row['subset']}"
+        cells[f"{title} (n = {row['n']:,})"] = f"{row['value']:.1f} ± {stderr}"
     return pl.DataFrame(
         [dict(zip(("arm", "seed", "step"), model, strict=True)) | cells for model, cells in rows.items()]
     )
@@ -47,11 +88,11 @@ def tabulate(results: pl.DataFrame) -> pl.DataFrame:
 def caveats(results: pl.DataFrame, missing_tasks: list[str]) -> list[str]:
     """Say in plain words what the numbers are not."""
     lines = []
-    asked = results.filter(pl.col("task") != MEAN).unique("task", maintain_order=True)
+    asked = results.filter(pl.col("task") != MEAN, subset="all").unique("task", maintain_order=True)
     limited = asked.filter(pl.col("n") < pl.col("n_full")).select("task", "n", "n_full").rows()
     if limited:
-        counts = ", ".join(f"{TITLES[task]} {n:,} of {n_full:,}" for task, n, n_full in limited)
-        lines.append(f"limited run, which does not measure the models: {counts} questions.")
+        counts = ", ".join(f"{TITLES.get(task, task)} {n:,} of {n_full:,}" for task, n, n_full in limited)
+        lines.append(f"a subset, not the benchmark: {counts} questions. Its standard errors say what it can tell.")
     why = {name: "out of reach" if name in missing_tasks else "not in eval.tasks" for name in TASKS}
     left_out = [f"{TITLES[name]} is {why[name]}" for name in TASKS if name not in results["task"]]
     if left_out:

@@ -1,37 +1,22 @@
-"""H4 as a protocol: which tasks, documents and items, and what the mean is. No torch, no lm-eval.
+"""H4 as a protocol: which tasks and items, and what the mean is. No torch, no lm-eval.
 
 H4 is the mean of four tasks (arXiv 2403.19270, table 2). Protocol `h4-lmeval` is those tasks as
-lm-eval 0.4.13 builds them with the shots of its `openllm` group; harness.py has lm-eval build
-them. Two runs ask the same only where their protocol, which ends in a fingerprint, is the same.
+lm-eval 0.4.13 builds them with the shots of its `openllm` group (harness.py has lm-eval build
+them); `h4-v1` is the Open LLM Leaderboard v1 (h4_v1.py). Two runs ask the same only where their
+protocol, which ends in a fingerprint, is the same.
 """
 
-import gzip
 import hashlib
-import importlib.metadata
-import importlib.util
-import json
-import logging
-import zlib
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
 import polars as pl
 
-from sdpo_data import assets
-from sdpo_data.tables import RESULTS, SdpoError
+from sdpo_data.tables import RESULTS
 from sdpo_eval import stats
 
-log = logging.getLogger(__name__)
-
-LM_EVAL = "0.4.13"
-SHOTS_SEED = 1234  # of lm-eval's sampler: simple_evaluate(fewshot_random_seed=1234), its default
-BOS = "tokenizer"  # BOS where the tokenizer adds one by default, as HFLM(add_bos_token=None) does
 MEAN = "h4"  # the task name of the mean
-
-Documents = dict[str, dict[str, list[dict[str, Any]]]]
-"""subject -> split -> documents in file order. MMLU has 57 subjects, the other tasks one: themselves."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +44,8 @@ class Task:
     """The task's definition in lm-eval; {subject} where there is one for each."""
     sources: tuple[str, ...]
     """Every file of lm-eval that says what is asked."""
+    published: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    """Split -> rows and checksum (see documents.py) of the published documents."""
 
 
 TASKS = {
@@ -69,6 +56,7 @@ TASKS = {
             split="test", files={"train": "ARC-Challenge-train.jsonl.gz", "test": "ARC-Challenge-test.jsonl.gz"},
             hub=("allenai/ai2_arc", "ARC-Challenge"), fields=("question", "choices", "answerKey"),
             yaml="arc/arc_challenge.yaml", sources=("arc/arc_challenge.yaml", "arc/arc_easy.yaml"),
+            published={"train": (1119, "461a697ad56cc82f"), "test": (1172, "a35340109204931a")},
         ),
         Task(
             name="hellaswag", title="HellaSwag", shots=10, metric="acc_norm", chance=25.0, n_full=10042,
@@ -76,6 +64,7 @@ TASKS = {
             files={"train": "hellaswag_train_processed.jsonl.gz", "validation": "hellaswag_val.jsonl.gz"},
             hub=("Rowan/hellaswag", None), fields=("activity_label", "ctx_a", "ctx_b", "endings", "label"),
             yaml="hellaswag/hellaswag.yaml", sources=("hellaswag/hellaswag.yaml", "hellaswag/utils.py"),
+            published={"train": (39905, "f030e4b592e66ac8"), "validation": (10042, "cdf2954ede7b55fc")},
         ),
         Task(
             name="mmlu", title="MMLU", shots=5, metric="acc", chance=25.0, n_full=14042,
@@ -83,6 +72,7 @@ TASKS = {
             hub=("cais/mmlu", "all"), fields=("subject", "question", "choices", "answer"),
             yaml="mmlu/default/mmlu_{subject}.yaml",
             sources=("mmlu/default/_default_template_yaml", "mmlu/default/mmlu_*.yaml"),
+            published={"dev": (285, "79677d836f37b53e"), "test": (14042, "8918e500863c6478")},
         ),
         Task(  # chance: the mean over its questions of the share of true choices, 0.4484
             name="truthfulqa_mc2", title="TruthfulQA", shots=0, metric="mc2", chance=44.84, n_full=817,
@@ -90,110 +80,19 @@ TASKS = {
             hub=("truthfulqa/truthful_qa", "multiple_choice"), fields=("question", "mc2_targets"),
             yaml="truthfulqa/truthfulqa_mc2.yaml",
             sources=("truthfulqa/truthfulqa_mc2.yaml", "truthfulqa/truthfulqa_mc1.yaml", "truthfulqa/utils.py"),
+            published={"validation": (817, "8d9617acec484538")},
         ),
     )
 }  # fmt: skip
-PROCESSED = ("query", "choices", "gold")  # HellaSwag's train file, which lm-eval's preprocess has been through
 
 
-def load_documents(task: Task, data_dir: str, truthfulqa: str = "truthfulqa/truthful_qa") -> Documents | None:
-    """Read a task's documents, shots included, with the fields that the task reads.
-
-    Args:
-        task: one of TASKS.
-        data_dir: "hub", embedded:NAME, or a folder that holds `task.files`.
-        truthfulqa: where TruthfulQA comes from if not from `data_dir`: a file, or a hub id.
-
-    Returns:
-        The documents; None, with a warning, for TruthfulQA on a hub that does not answer.
-
-    Raises:
-        SdpoError: a file is missing, cannot be read, or does not hold the whole task.
-    """
-    folder = None if data_dir == "hub" else assets.benchmark_folder(data_dir)
-    if task.name == "truthfulqa_mc2" and not (folder and (folder / task.files[task.split]).exists()):
-        return _truthfulqa(task, truthfulqa)
-    if folder is None:
-        return _grouped(task, _from_hub(task, task.hub[0]), task.hub[0])
-    return _grouped(task, {split: _read(folder / file, task) for split, file in task.files.items()}, str(folder))
-
-
-def _truthfulqa(task: Task, source: str) -> Documents | None:
-    if Path(source).suffix in (".gz", ".jsonl") or Path(source).is_file():
-        return _grouped(task, {task.split: _read(Path(source), task)}, source)
-    try:
-        return _grouped(task, _from_hub(task, source), source)
-    except SdpoError:
-        try:
-            assets.require_hub(f"TruthfulQA ({source})")
-        except SdpoError as silence:
-            log.warning("TruthfulQA is not asked, and H4 needs it. %s For it, name a file in eval.truthfulqa.", silence)
-            return None
-        raise  # the hub answers: it is the name that is wrong
-
-
-def _from_hub(task: Task, repo: str) -> dict[str, list[dict[str, Any]]]:
-    return {split: assets.hub_dataset(repo, task.hub[1], split).to_list() for split in task.files}
-
-
-def _read(path: Path, task: Task) -> list[dict[str, Any]]:
-    if not path.exists():
-        raise SdpoError(f"{path} does not exist; {task.title} is read from it. See eval.data_dir and eval.truthfulqa.")
-    try:
-        text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        return [json.loads(line) for line in text.splitlines()]
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise SdpoError(f"{path} cannot be read as JSON lines: {error}. Fetch it again.") from None
-
-
-def _grouped(task: Task, splits: dict[str, list[dict[str, Any]]], place: str) -> Documents:
-    """Keep what the task reads, sort documents under their subjects, and refuse half a task."""
-    documents: Documents = {}
-    for split, rows in splits.items():
-        for number, row in enumerate(rows):
-            if all(field in row for field in task.fields):
-                document = {field: row[field] for field in task.fields}
-            elif task.name == "hellaswag" and all(field in row for field in PROCESSED):
-                document = {"query": row["query"], "choices": row["choices"], "label": str(row["gold"])}
-            else:
-                raise SdpoError(
-                    f"{place}: row {number} of {task.title}'s {split} documents lacks one of {', '.join(task.fields)}."
-                )
-            subject = document.get("subject", task.name)
-            documents.setdefault(subject, {name: [] for name in task.files})[split].append(document)
-    found = sum(len(splits[task.split]) for splits in documents.values())
-    if found != task.n_full:
-        raise SdpoError(
-            f"{place} holds {found:,} {task.split} documents of {task.title}, the task has {task.n_full:,}. "
-            "Its scores would be those of another test; fetch the whole of it."
-        )
-    return documents
-
-
-def fingerprint(protocol: str, task: Task, documents: Documents, dtype: str) -> str:
-    """Name what a task asks and how it is scored, as `protocol@hash`: the same name, the same question.
-
-    The hash is over lm-eval's version and its files that define the task, the shots and their
-    seed, the documents as they are read, the BOS rule and the dtype; it needs no import of lm-eval.
-
-    Raises:
-        SdpoError: lm-eval is missing, or not the protocol's version.
-    """
-    spec = importlib.util.find_spec("lm_eval")
-    version = importlib.metadata.version("lm_eval") if spec else "missing"
-    if not spec or not spec.origin or version != LM_EVAL:
-        raise SdpoError(f"{protocol} is defined by lm-eval {LM_EVAL}; here it is {version}. pip install 'sdpo[eval]'.")
-    folder = Path(spec.origin).parent / "tasks"
-    text = [
-        (str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest())
-        for source in task.sources
-        for path in sorted(folder.glob(source))
-    ]
-    content = hashlib.sha256()
-    for subject, splits in sorted(documents.items()):
-        content.update(json.dumps([subject, splits], sort_keys=True, ensure_ascii=False).encode())
-    rule = [protocol, LM_EVAL, text, task.shots, SHOTS_SEED, task.metric, content.hexdigest(), BOS, dtype]
-    return f"{protocol}@{hashlib.sha256(json.dumps(rule).encode()).hexdigest()[:12]}"
+BUDGETS: dict[str, dict[str, int]] = {  # items per task; a task that is not named is asked whole
+    "full": {},
+    "standard": {"hellaswag": 2000, "mmlu": 57 * 35},
+    "small": {"arc_challenge": 150, "hellaswag": 200, "mmlu": 57 * 5, "truthfulqa_mc2": 400},
+    "tiny": {"arc_challenge": 25, "hellaswag": 25, "mmlu": 57, "truthfulqa_mc2": 100},
+}
+"""Named subsets of H4, each within the next larger one: EVAL.md's noise for its cost, and smaller."""
 
 
 def select_items(sizes: Mapping[str, int], limit: int | None) -> list[str]:
@@ -216,11 +115,34 @@ def select_items(sizes: Mapping[str, int], limit: int | None) -> list[str]:
     return [item for _, _, item in sorted(order)[:limit]]
 
 
+def largest_stderr(counts: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
+    """Say beforehand what a choice of items can tell: standard errors, points, at most.
+
+    An item's score lies in 0 to 1, so its standard deviation is 50 points at most; MMLU's subjects
+    are strata, each counting once.
+
+    Args:
+        counts: task -> subject -> items asked.
+
+    Returns:
+        task -> standard error of its score; and of "h4" where all four are asked.
+    """
+    largest = {
+        name: math.sqrt(sum(50**2 / count for count in subjects.values())) / len(subjects)
+        for name, subjects in counts.items()
+    }
+    if largest.keys() >= TASKS.keys():
+        largest[MEAN] = math.hypot(*(largest[name] for name in TASKS)) / len(TASKS)
+    return largest
+
+
 def _drawn(name: str) -> bytes:
     return hashlib.sha256(name.encode()).digest()
 
 
-def summarise_items(items: pl.DataFrame) -> pl.DataFrame:
+def summarise_items(
+    items: pl.DataFrame, subset: str = "all", left_out: Mapping[str, int] | None = None
+) -> pl.DataFrame:
     """Average items into RESULTS: a row per model and task, and the mean where all four are there.
 
     MMLU is the plain mean over the subjects that have items, each a stratum; the other tasks are
@@ -228,6 +150,8 @@ def summarise_items(items: pl.DataFrame) -> pl.DataFrame:
 
     Args:
         items: ITEMS frame, with one protocol per task.
+        subset: what the items are: all that were asked, or the clean ones.
+        left_out: task -> questions that the subset leaves out of the whole task.
 
     Returns:
         RESULTS frame, points of 100; the base model (step 0) first, tasks in the order of TASKS.
@@ -239,12 +163,13 @@ def summarise_items(items: pl.DataFrame) -> pl.DataFrame:
             group = own.filter(task=name)
             if group.height:
                 value, stderr = stats.macro_mean_stderr((100 * group["score"]).to_list(), group["subject"].to_list())
-                tasks[name] = (group["protocol"][0], name, task.metric, value, stderr, group.height, task.n_full)
-        rows += [(*key, *row, "all") for row in tasks.values()]
+                n_full = task.n_full - (left_out or {}).get(name, 0)
+                tasks[name] = (group["protocol"][0], name, task.metric, value, stderr, group.height, n_full)
+        rows += [(*key, *row, subset) for row in tasks.values()]
         if tasks.keys() == TASKS.keys():
             protocols, _, _, values, stderrs, counts, full = zip(*tasks.values(), strict=True)
             value, stderr = stats.mean_of_means(values, stderrs)
-            rows.append((*key, _joint(protocols), MEAN, "mean", value, stderr, sum(counts), sum(full), "all"))
+            rows.append((*key, _joint(protocols), MEAN, "mean", value, stderr, sum(counts), sum(full), subset))
     results = pl.DataFrame(rows, RESULTS, orient="row")
     place = pl.col("task").replace_strict({name: place for place, name in enumerate([*TASKS, MEAN])})
     return results.sort(pl.col("step") > 0, "arm", "seed", "step", place)

@@ -60,7 +60,7 @@ def score_held_out(
         SdpoError: no pair was held out; a model's folder does not hold the weights its step wrote;
             a model was scored with other settings (and not `force`).
     """
-    config = config or ScoreConfig()
+    config = (config or ScoreConfig()).model_copy(update={"against": None, "keep_token_logps": False})
     pairs = check(run.held_out, PAIRS, "held_out.parquet")
     if pairs.is_empty():
         raise SdpoError(f"{run.path}/held_out.parquet holds no pair. Set pairs.hold_out in a new run folder.")
@@ -68,7 +68,7 @@ def score_held_out(
     models = [("base", 0, 0, str(base), model_key(base)), *run.steps.select(*UNIT, "model", "model_key").rows()]
     for arm, seed, step, model, key in models:
         table = f"held_out_scores/{arm}-{seed}-{step}"
-        recipe = {"model": key, **config.model_dump(exclude={"token_budget", "store"})}
+        recipe = {"model": key, **config.model_dump(exclude={"token_budget", "store", "against", "keep_token_logps"})}
         with run.stage(table, recipe, ["held_out"], force=force) as stage:
             if stage.current:
                 frames[key] = check(run.read(table), SCORES, table)

@@ -1,5 +1,6 @@
 import dataclasses
 import gzip
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -13,7 +14,9 @@ from hypothesis import strategies as st
 
 from sdpo_data import assets
 from sdpo_data.tables import ITEMS, SdpoError
+from sdpo_eval import documents as h4_documents
 from sdpo_eval import h4
+from sdpo_eval.documents import fingerprint, load_documents
 
 ARC, HELLASWAG, MMLU, TRUTHFULQA = h4.TASKS.values()
 QUESTION = {"question": "q", "choices": {"text": ["a", "b"], "label": ["A", "B"]}, "answerKey": "B"}
@@ -28,7 +31,7 @@ def write(path, rows):
 @pytest.fixture
 def small(monkeypatch):
     """ARC with two questions."""
-    task = dataclasses.replace(ARC, n_full=2)
+    task = dataclasses.replace(ARC, n_full=2, shots=1, published={})
     monkeypatch.setitem(h4.TASKS, "arc_challenge", task)
     return task
 
@@ -77,18 +80,18 @@ def test_no_limit_is_every_item_once(sizes):
 
 
 def test_documents_keep_what_the_task_reads(small, folder):
-    documents = h4.load_documents(small, str(folder))
+    documents = load_documents(small, str(folder))
     assert documents == {
         "arc_challenge": {"train": [QUESTION | {"question": "shot"}], "test": [QUESTION, QUESTION | {"question": "r"}]}
     }
 
 
 def test_mmlu_is_sorted_under_its_subjects(monkeypatch, tmp_path):
-    task = dataclasses.replace(MMLU, n_full=3)
+    task = dataclasses.replace(MMLU, n_full=3, shots=1, published={})
     rows = [{"subject": s, "question": q, "choices": list("wxyz"), "answer": 1} for s, q in ("ap", "bq", "ar")]
     write(tmp_path / "mmlu_dev.jsonl.gz", rows[:2])
     write(tmp_path / "mmlu_test.jsonl.gz", rows)
-    documents = h4.load_documents(task, str(tmp_path))
+    documents = load_documents(task, str(tmp_path))
     assert {s: [d["question"] for d in splits["test"]] for s, splits in documents.items()} == {
         "a": ["p", "r"],
         "b": ["q"],
@@ -98,24 +101,24 @@ def test_mmlu_is_sorted_under_its_subjects(monkeypatch, tmp_path):
 
 def test_a_missing_file(small, tmp_path):
     with pytest.raises(SdpoError, match=r"ARC-Challenge-train.jsonl.gz does not exist; ARC-Challenge is read from it"):
-        h4.load_documents(small, str(tmp_path))
+        load_documents(small, str(tmp_path))
 
 
 def test_a_folder_that_is_none():
     with pytest.raises(SdpoError, match="no benchmark folder nowhere"):
-        h4.load_documents(ARC, "nowhere")
+        load_documents(ARC, "nowhere")
 
 
 def test_half_a_task(folder):
-    with pytest.raises(SdpoError, match=r"holds 2 test documents of ARC-Challenge, the task has 1,172"):
-        h4.load_documents(ARC, str(folder))
+    with pytest.raises(SdpoError, match=r"holds 1 train documents of ARC-Challenge, the task has 1,119"):
+        load_documents(ARC, str(folder))
 
 
 @pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b'{"a": 1}')[:-9], gzip.compress(b'{"a": 1')])
 def test_a_broken_file(small, folder, content):
     (folder / small.files["test"]).write_bytes(content)
     with pytest.raises(SdpoError, match=r"ARC-Challenge-test.jsonl.gz cannot be read as JSON lines"):
-        h4.load_documents(small, str(folder))
+        load_documents(small, str(folder))
 
 
 def test_a_row_without_its_answer(small, folder):
@@ -123,7 +126,7 @@ def test_a_row_without_its_answer(small, folder):
     with pytest.raises(
         SdpoError, match=r"row 1 of ARC-Challenge's test documents lacks one of question, choices, answerKey"
     ):
-        h4.load_documents(small, str(folder))
+        load_documents(small, str(folder))
 
 
 def test_the_hub_gives_the_same_documents(small, folder, monkeypatch):
@@ -135,7 +138,7 @@ def test_the_hub_gives_the_same_documents(small, folder, monkeypatch):
             return Dataset.from_list([json.loads(line) for line in lines])
 
     monkeypatch.setattr(assets, "hub_dataset", hub_dataset)
-    assert h4.load_documents(small, "hub") == h4.load_documents(small, str(folder))
+    assert load_documents(small, "hub") == load_documents(small, str(folder))
     assert asked == [("allenai/ai2_arc", "ARC-Challenge", "train"), ("allenai/ai2_arc", "ARC-Challenge", "test")]
 
 
@@ -147,7 +150,7 @@ def test_truthfulqa_out_of_reach_is_said_and_left_out(folder, monkeypatch, caplo
     monkeypatch.setattr(assets, "hub_dataset", unreachable)
     monkeypatch.setattr(assets, "require_hub", unreachable)
     with caplog.at_level(logging.WARNING):
-        assert h4.load_documents(TRUTHFULQA, str(folder)) is None
+        assert load_documents(TRUTHFULQA, str(folder)) is None
     assert "TruthfulQA is not asked, and H4 needs it. The hub did not answer." in caplog.text
 
 
@@ -155,52 +158,123 @@ def test_a_hub_that_answers_and_does_not_know_truthfulqa_is_an_error(folder, mon
     monkeypatch.setattr(assets, "hub_dataset", unreachable)
     monkeypatch.setattr(assets, "require_hub", lambda what: None)
     with pytest.raises(SdpoError, match="did not answer"):
-        h4.load_documents(TRUTHFULQA, str(folder), "truthfulqa/misspelt")
+        load_documents(TRUTHFULQA, str(folder), "truthfulqa/misspelt")
 
 
 def test_truthfulqa_from_a_file(folder, tmp_path):
-    task = dataclasses.replace(TRUTHFULQA, n_full=1)
+    task = dataclasses.replace(TRUTHFULQA, n_full=1, published={})
     row = {"question": "q", "mc2_targets": {"choices": ["a", "b"], "labels": [1, 0]}}
     path = tmp_path / "mine.jsonl"
     path.write_text(json.dumps(row | {"mc1_targets": {}}) + "\n")
-    assert h4.load_documents(task, str(folder), str(path)) == {"truthfulqa_mc2": {"validation": [row]}}
+    assert load_documents(task, str(folder), str(path)) == {"truthfulqa_mc2": {"validation": [row]}}
 
 
 def test_truthfulqa_from_a_file_that_is_not_there(folder):
     with pytest.raises(SdpoError, match=r"typo.jsonl does not exist; TruthfulQA is read from it"):
-        h4.load_documents(TRUTHFULQA, str(folder), "typo.jsonl")
+        load_documents(TRUTHFULQA, str(folder), "typo.jsonl")
+
+
+# Documents that are not the published ones
+
+
+def published(rows, checksum):
+    return {"test": (rows, checksum)}
+
+
+def test_the_published_documents_are_known_by_their_rows_and_texts(monkeypatch, folder):
+    # sha256 of the two rows as _essence writes them, computed here once more by hand
+    texts = [{"question": question, "choices": ["a", "b"], "answerKey": 1} for question in ("q", "r")]
+    lines = "".join(json.dumps(text, sort_keys=True) + "\n" for text in texts)
+    checksum = hashlib.sha256(lines.encode()).hexdigest()[:16]
+    task = dataclasses.replace(ARC, shots=1, published=published(2, checksum))
+    assert load_documents(task, str(folder))
+    numbered = QUESTION | {"choices": {"text": ["a", "b"], "label": ["1", "2"]}, "answerKey": "2"}  # as on the hub
+    write(folder / ARC.files["test"], [numbered, numbered | {"question": "r"}])
+    assert load_documents(task, str(folder))
+    write(folder / ARC.files["test"], [numbered, numbered | {"question": "r "}])
+    with pytest.raises(
+        SdpoError, match=rf"ARC-Challenge's test documents have checksum \w+, the published ones {checksum}"
+    ):
+        load_documents(task, str(folder))
+    with pytest.raises(SdpoError, match="holds 2 test documents of ARC-Challenge, the task has 3"):
+        load_documents(dataclasses.replace(ARC, shots=1, published=published(3, checksum)), str(folder))
+
+
+def test_too_few_shots_are_refused(folder):
+    with pytest.raises(SdpoError, match="holds 1 train documents of arc_challenge, which needs 2 shots"):
+        load_documents(dataclasses.replace(ARC, shots=2, published={}), str(folder))
+
+
+def test_a_missing_subject_is_refused(shared_data, tmp_path):
+    for file in MMLU.files.values():
+        with gzip.open(shared_data / "benchmarks" / file) as lines:
+            rows = [row for row in map(json.loads, lines) if row["subject"] != "virology"]
+        write(tmp_path / file, rows)
+    with pytest.raises(SdpoError, match="holds 280 dev documents of MMLU in 56 subjects, the task has 285"):
+        load_documents(MMLU, str(tmp_path))
+
+
+# Budgets
+
+
+FULL = {name: {name: task.n_full} for name, task in h4.TASKS.items()}
+MMLU_SIZES = {f"s{number}": 100 for number in range(57)}
+
+
+def test_a_budget_lies_within_the_next_larger_one():
+    for small, large in (("tiny", "small"), ("small", "standard"), ("standard", "full")):
+        for name, count in h4.BUDGETS[small].items():
+            sizes = MMLU_SIZES if name == "mmlu" else FULL[name]
+            few, many = (h4.select_items(sizes, h4.BUDGETS[budget].get(name)) for budget in (small, large))
+            assert len(few) == count
+            assert set(few) < set(many)
+
+
+def test_standard_is_35_of_each_subject():
+    chosen = h4.select_items(MMLU_SIZES, h4.BUDGETS["standard"]["mmlu"])
+    assert set(Counter(item.split("/")[0] for item in chosen).values()) == {35}
+
+
+def test_the_error_that_a_budget_buys():
+    # an item's SD is 50 at most. ARC 50 / sqrt(1172) = 1.4605; HellaSwag 50 / sqrt(2000) = 1.1180;
+    # MMLU sqrt(57 * 2500 / 35) / 57 = 1.1194; TruthfulQA 50 / sqrt(817) = 1.7493;
+    # H4 sqrt(1.4605^2 + 1.1180^2 + 1.1194^2 + 1.7493^2) / 4 = sqrt(7.6962) / 4 = 0.6935
+    counts = FULL | {"hellaswag": {"hellaswag": 2000}, "mmlu": dict.fromkeys(MMLU_SIZES, 35)}
+    errors = h4.largest_stderr(counts)
+    assert list(errors.values()) == pytest.approx([1.4605, 1.1180, 1.1194, 1.7493, 0.6935], abs=1e-4)
+    assert "h4" not in h4.largest_stderr({"mmlu": counts["mmlu"]})
 
 
 # Fingerprint
 
 
 def test_a_fingerprint_is_of_all_that_changes_numbers(small, folder, monkeypatch):
-    documents = h4.load_documents(small, str(folder))
-    same = h4.fingerprint("h4-lmeval", small, documents, "float32")
+    documents = load_documents(small, str(folder))
+    same = fingerprint("h4-lmeval", small, documents, "float32")
     assert same.startswith("h4-lmeval@")
-    assert same == h4.fingerprint("h4-lmeval", small, h4.load_documents(small, str(folder)), "float32")
+    assert same == fingerprint("h4-lmeval", small, load_documents(small, str(folder)), "float32")
     test = documents["arc_challenge"]["test"]
     others = [
-        h4.fingerprint("h4-other", small, documents, "float32"),
-        h4.fingerprint("h4-lmeval", small, documents, "bfloat16"),
-        h4.fingerprint("h4-lmeval", dataclasses.replace(small, shots=24), documents, "float32"),
-        h4.fingerprint("h4-lmeval", dataclasses.replace(small, sources=MMLU.sources), documents, "float32"),
-        h4.fingerprint("h4-lmeval", small, {"arc_challenge": {"train": [], "test": test}}, "float32"),
-        h4.fingerprint(
+        fingerprint("h4-v1", small, documents, "float32"),
+        fingerprint("h4-lmeval", small, documents, "bfloat16"),
+        fingerprint("h4-lmeval", dataclasses.replace(small, shots=24), documents, "float32"),
+        fingerprint("h4-lmeval", dataclasses.replace(small, sources=MMLU.sources), documents, "float32"),
+        fingerprint("h4-lmeval", small, {"arc_challenge": {"train": [], "test": test}}, "float32"),
+        fingerprint(
             "h4-lmeval", small, {"arc_challenge": documents["arc_challenge"] | {"test": test[::-1]}}, "float32"
         ),
     ]
-    monkeypatch.setattr(h4, "SHOTS_SEED", 1235)
-    others.append(h4.fingerprint("h4-lmeval", small, documents, "float32"))
-    monkeypatch.setattr(h4, "BOS", "never")
-    others.append(h4.fingerprint("h4-lmeval", small, documents, "float32"))
+    monkeypatch.setitem(h4_documents.SHOTS_SEED, "h4-lmeval", 1235)
+    others.append(fingerprint("h4-lmeval", small, documents, "float32"))
+    monkeypatch.setitem(h4_documents.BOS, "h4-lmeval", "never")
+    others.append(fingerprint("h4-lmeval", small, documents, "float32"))
     assert len({other.split("@")[1] for other in [same, *others]}) == 1 + len(others)
 
 
 def test_another_lm_eval_is_another_protocol(small, folder, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.4.14")
     with pytest.raises(SdpoError, match=r"h4-lmeval is defined by lm-eval 0.4.13; here it is 0.4.14"):
-        h4.fingerprint("h4-lmeval", small, h4.load_documents(small, str(folder)), "float32")
+        fingerprint("h4-lmeval", small, load_documents(small, str(folder)), "float32")
 
 
 # Results
@@ -234,6 +308,23 @@ def test_results_by_hand():
     mmlu = 10_000 / 24
     assert results["stderr"].to_list() == pytest.approx([25, 50, mmlu**0.5, 10, (3225 + mmlu) ** 0.5 / 4])
     assert results["subset"].unique().to_list() == ["all"]
+
+
+TABLE_2 = [  # arXiv 2403.19270: H4, ARC, HellaSwag, MMLU, TruthfulQA
+    (74.31, 71.33, 88.08, 65.39, 72.45), (72.67, 69.62, 87.16, 66.00, 67.90), (73.40, 70.22, 87.63, 71.16, 64.58),
+    (72.95, 71.08, 87.89, 70.58, 62.25),  # SOLAR-0-70B: printed as 72.93, which its parts do not give
+    (72.17, 65.19, 85.94, 77.37, 60.19), (70.72, 64.59, 85.69, 76.35, 56.23), (69.51, 67.32, 85.96, 65.95, 58.80),
+    (69.27, 63.14, 84.88, 60.78, 68.26), (68.57, 69.45, 88.86, 70.50, 45.47), (67.78, 66.04, 86.49, 71.82, 46.78),
+    (67.35, 67.32, 87.33, 69.83, 44.92), (66.36, 62.03, 84.52, 61.44, 57.44), (64.85, 58.28, 83.99, 67.70, 49.43),
+    (64.27, 61.95, 84.60, 65.48, 45.04), (62.40, 59.98, 83.31, 64.16, 42.15), (72.56, 69.20, 87.27, 65.96, 67.81),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("row", TABLE_2, ids=str)
+def test_h4_of_the_papers_table(row):
+    printed, *parts = row
+    frame = pl.concat([items(task, [part / 100]) for task, part in zip(h4.TASKS, parts, strict=True)])
+    assert h4.summarise_items(frame).filter(task="h4")["value"][0] == pytest.approx(printed, abs=0.0051)
 
 
 def test_no_h4_without_all_four():
@@ -274,7 +365,7 @@ def test_shots_are_those_of_lm_evals_openllm_group():
 
 @pytest.mark.real
 def test_counts_and_chance_on_the_real_files(shared_data):
-    documents = {name: h4.load_documents(task, str(shared_data / "benchmarks")) for name, task in h4.TASKS.items()}
+    documents = {name: load_documents(task, str(shared_data / "benchmarks")) for name, task in h4.TASKS.items()}
     assert len(documents["mmlu"]) == 57
     assert all(len(splits["dev"]) == 5 for splits in documents["mmlu"].values())
     shares = [sum(doc["mc2_targets"]["labels"]) / len(doc["mc2_targets"]["labels"])
@@ -289,5 +380,5 @@ def test_counts_and_chance_on_the_real_files(shared_data):
 @pytest.mark.real
 def test_embedded_documents_are_those_of_the_files(shared_data):
     for task in list(h4.TASKS.values())[:3]:
-        embedded = h4.load_documents(task, "embedded:h4")
-        assert embedded == h4.load_documents(task, str(shared_data / "benchmarks")), task.name
+        embedded = load_documents(task, "embedded:h4")
+        assert embedded == load_documents(task, str(shared_data / "benchmarks")), task.name

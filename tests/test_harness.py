@@ -14,9 +14,12 @@ from polars.testing import assert_frame_equal
 from sdpo_data import assets
 from sdpo_data.models import load_model, model_key
 from sdpo_data.run import Run
-from sdpo_data.tables import ITEMS, RESULTS, STEPS, SdpoError, check
-from sdpo_eval import h4, harness
-from sdpo_eval.harness import EvalConfig, answer_items, build_items, evaluate, prefix_lm
+from sdpo_data.tables import DOCUMENTS, ITEMS, RESULTS, STEPS, SdpoError, check
+from sdpo_eval import EvalConfig, answers, evaluate, h4, h4_v1, questions
+from sdpo_eval.answers import answer_requests
+from sdpo_eval.documents import load_documents
+from sdpo_eval.harness import prefix_lm, write_items
+from sdpo_eval.questions import encode_items
 
 SUBJECTS = ["anatomy", "astronomy", "virology"]  # of MMLU: lm-eval has a file for each
 COUNTS = {"arc_challenge": 7, "hellaswag": 6, "mmlu": 9, "truthfulqa_mc2": 5}
@@ -76,7 +79,7 @@ def data(tmp_path_factory):
 def all_shots(data, monkeypatch):
     """The protocol on the small tasks; their folder."""
     for name, count in COUNTS.items():
-        monkeypatch.setitem(h4.TASKS, name, dataclasses.replace(h4.TASKS[name], n_full=count))
+        monkeypatch.setitem(h4.TASKS, name, dataclasses.replace(h4.TASKS[name], n_full=count, published={}))
     return data
 
 
@@ -131,14 +134,13 @@ def run(tmp_path, models):
 def answered(monkeypatch):
     """Item ids in the order in which models answer them."""
     seen = []
-    ask = harness.answer_items
+    score = answers.score_answers
 
-    def noted(lm, task, items):
-        rows = ask(lm, task, items)
-        seen.extend(item.item_id for item in items)
-        return rows
+    def noted(task, **own):
+        seen.append(own["item_id"])
+        return score(task, **own)
 
-    monkeypatch.setattr(harness, "answer_items", noted)
+    monkeypatch.setattr(answers, "score_answers", noted)
     return seen
 
 
@@ -220,19 +222,23 @@ def pairs_of(sample):
     return [tuple(arguments) for arguments in sample["arguments"]]
 
 
+def asked(item):
+    return [(item.context, choice) for choice in item.choices]
+
+
 @pytest.mark.parametrize("name", COUNTS)
 @pytest.mark.real
 def test_questions_are_lm_evals_own(name, all_shots, tmp_path, monkeypatch):
     task = h4.TASKS[name]
-    documents = h4.load_documents(task, str(all_shots))
+    documents = load_documents(task, str(all_shots))
     subjects = SUBJECTS if name == "mmlu" else [None]
     files = [task_file(tmp_path, name, all_shots, subject) for subject in subjects]
     samples = oracle(dummy_lm(), files, None, tmp_path, monkeypatch)
     for subject, theirs in samples.items():
-        ours = build_items(task, documents, [f"{subject}/{row}" for row in range(len(theirs))])
-        assert [item.pairs for item in ours] == [pairs_of(sample) for sample in theirs]
-        alone = build_items(task, documents, [f"{subject}/2"])  # its shots do not depend on what else is asked
-        assert alone[0].pairs == pairs_of(theirs[2])
+        ours = write_items(task, documents, [f"{subject}/{row}" for row in range(len(theirs))])
+        assert [asked(item) for item in ours] == [pairs_of(sample) for sample in theirs]
+        [alone] = write_items(task, documents, [f"{subject}/2"])  # its shots do not depend on what else is asked
+        assert asked(alone) == pairs_of(theirs[2])
 
 
 @pytest.mark.real
@@ -242,9 +248,9 @@ def test_hellaswag_shots_from_raw_documents_are_lm_evals_own(small, tmp_path, mo
     shutil.copytree(small, raw)
     write(raw / task.files["train"], hellaswag_rows(14))  # as the hub has them
     samples = oracle(dummy_lm(), [task_file(tmp_path, "hellaswag", raw)], None, tmp_path, monkeypatch)
-    ours = build_items(task, h4.load_documents(task, str(raw)), [f"hellaswag/{row}" for row in range(6)])
-    assert [item.pairs for item in ours] == [pairs_of(sample) for sample in samples["hellaswag"]]
-    assert "She takes stone. Then she" in ours[0].pairs[0][0]  # brackets and doubled blanks gone: preprocessed
+    ours = list(write_items(task, load_documents(task, str(raw)), [f"hellaswag/{row}" for row in range(6)]))
+    assert [asked(item) for item in ours] == [pairs_of(sample) for sample in samples["hellaswag"]]
+    assert "She takes stone. Then she" in ours[0].context  # brackets and doubled blanks gone: preprocessed
 
 
 METRICS = {"arc_challenge": "acc_norm", "hellaswag": "acc_norm", "mmlu": "acc", "truthfulqa_mc2": "acc"}
@@ -261,10 +267,10 @@ def compare_with_lm_eval(folder, data, names, limit, tmp_path, monkeypatch):
         task = h4.TASKS[name]
         samples = oracle(lm, [task_file(tmp_path, name, data, subject)], limit, tmp_path, monkeypatch)
         theirs = samples[subject or name]
-        items = build_items(
-            task, h4.load_documents(task, str(data)), [f"{subject or name}/{row}" for row in range(limit)]
-        )
-        for ours, sample in zip(answer_items(prefix_lm(model, tokenizer), task, items), theirs, strict=True):
+        ids = [f"{subject or name}/{row}" for row in range(limit)]
+        requests = encode_items(write_items(task, load_documents(task, str(data)), ids), tokenizer, "tokenizer")
+        [rows] = answer_requests(model, task, requests, 4096, lambda _: None)
+        for ours, sample in zip(sorted(rows, key=lambda row: row["item_id"]), theirs, strict=True):
             logps = [logp for logp, _ in sample["filtered_resps"]]
             assert ours["choice_logps"] == pytest.approx(logps, abs=1e-4)
             assert ours["score"] == pytest.approx(sample[METRICS[name]], abs=1e-6)
@@ -343,7 +349,7 @@ def test_a_second_time_nothing_is_done(small, models, run, monkeypatch):
     first = evaluate(steps_of(models, "one"), config(small, limit=2), run)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")}
     lineage = Run(run).lineage
-    monkeypatch.setattr(harness, "load_model", None)
+    monkeypatch.setattr(answers, "load_model", None)
     assert_frame_equal(evaluate(steps_of(models, "one"), config(small, limit=2), run), first)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.parquet")} == before
     assert Run(run).lineage == lineage
@@ -389,21 +395,25 @@ def test_equal_weights_are_evaluated_once(small, models, run, answered):
 
 @pytest.mark.real
 def test_a_killed_run_goes_on_where_it_stopped(small, models, run, answered, monkeypatch):
-    monkeypatch.setattr(harness, "SAVE_EVERY", 2)
-    ask = harness.answer_items
+    monkeypatch.setattr(answers, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(questions, "SLICE", 4)
+    score = answers.score_answers
 
-    def dies(lm, task, items):
-        if len(answered) == 7 + 6 + 4:  # in MMLU, after ARC and HellaSwag and two blocks of two
+    def dies(*arguments, **own):
+        if len(answered) == 7 + 6 + 4:  # in MMLU, after ARC and HellaSwag and a slice of it
             raise KeyboardInterrupt
-        return ask(lm, task, items)
+        return score(*arguments, **own)
 
-    monkeypatch.setattr(harness, "answer_items", dies)
+    monkeypatch.setattr(answers, "score_answers", dies)
     with pytest.raises(KeyboardInterrupt):
         evaluate(models / "base", config(small), run)
-    monkeypatch.setattr(harness, "answer_items", ask)
+    kept = {*Run(run).items["item_id"]}
+    assert len(kept) > 7 + 6  # some of MMLU's too; what was answered since the last write is lost
+    answered.clear()
+    monkeypatch.setattr(answers, "score_answers", score)
     results = evaluate(models / "base", config(small), run)
-    assert sorted(answered) == sorted(set(answered))
-    assert len(answered) == 27
+    assert not kept & set(answered)
+    assert len(kept) + len(answered) == len({*kept, *answered}) == 27
     assert_frame_equal(results, evaluate(models / "base", config(small)), rel_tol=1e-5)
 
 
@@ -553,7 +563,7 @@ def test_command(small, models, run, run_command):
     code, out, _ = run_command("sdpo_eval.__main__", run, "--limit", 2, "--data-dir", small)
     assert code == 0
     assert "H4 (n = 8)" in " ".join(out.split())
-    assert "limited run" in out
+    assert "a subset, not the benchmark: " in out
     assert "MMLU 2 of 9" in out
     code, out, _ = run_command("sdpo_eval.__main__", run)  # config.yaml remembers limit and data_dir
     assert code == 0
@@ -569,7 +579,7 @@ def test_up_to_date_needs_neither_torch_nor_lm_eval(small, models, run):
 import dataclasses, sys
 from sdpo_eval import h4, __main__
 for name, (count, shots) in { {name: (task.n_full, task.shots) for name, task in h4.TASKS.items()} }.items():
-    h4.TASKS[name] = dataclasses.replace(h4.TASKS[name], n_full=count, shots=shots)
+    h4.TASKS[name] = dataclasses.replace(h4.TASKS[name], n_full=count, shots=shots, published={{}})
 sys.argv = ["sdpo_eval", {str(run)!r}]
 __main__.main()
 print([name for name in ("torch", "lm_eval", "transformers", "datasets") if name in sys.modules])
@@ -588,6 +598,155 @@ def test_command_without_steps_evaluates_the_model(small, models, tmp_path, run_
     assert Run(tmp_path / "new").results.select("arm", "model_key").rows() == [("base", model_key(models / "two"))]
 
 
+def test_what_is_evaluated_as_text(small, run, run_command):
+    code, out, _ = run_command("sdpo_eval.__main__", run, "--documents", "--limit", 2, "--data-dir", small)
+    assert code == 0
+    assert "8 questions" in out
+    documents = check(Run(run).read("documents"), DOCUMENTS, "documents")
+    assert documents["task"].unique(maintain_order=True).to_list() == list(COUNTS)
+    texts = dict(documents.select("item_id", "text").rows())
+    row = int(documents.filter(task="hellaswag")["item_id"][0].split("/")[1])
+    assert texts[f"hellaswag/{row}"] == f"[title] She takes  {WORDS[row]}. Then she"
+    assert texts[documents.filter(task="arc_challenge")["item_id"][0]].startswith("Which is ")
+    assert not (run / "results.parquet").exists()
+
+
+def test_clean_results_leave_out_what_training_pairs_touch(small, models, run):
+    tasks = config(small, tasks=["arc_challenge", "truthfulqa_mc2"])
+    before = evaluate(models / "one", tasks, run)
+    assert before["subset"].unique().to_list() == ["all"]
+    touched = [("p1", "arc_challenge", "arc_challenge/2"), ("p2", "arc_challenge", "arc_challenge/2"),
+               ("p3", "arc_challenge", "arc_challenge/5")]  # fmt: skip
+    pl.DataFrame(touched, ["pair_id", "task", "item_id"], orient="row").write_parquet(run / "contamination.parquet")
+    results = evaluate(models / "one", tasks, run)
+    assert_frame_equal(results.filter(subset="all"), before)
+    clean = results.filter(subset="clean")
+    assert clean.select("task", "n", "n_full").rows() == [("arc_challenge", 5, 5), ("truthfulqa_mc2", 5, 5)]
+    scores = Run(run).items.filter(task="arc_challenge").filter(~pl.col("item_id").str.ends_with("/2"))
+    scores = scores.filter(~pl.col("item_id").str.ends_with("/5"))["score"]
+    assert clean["value"][0] == pytest.approx(100 * scores.mean())
+    assert clean["value"][1] == before["value"][1]
+
+
+def test_show_prints_the_ends_of_one_request_per_task(small, models, run, run_command):
+    arguments = ["--show", "--data-dir", small, "--model", models / "one", "--protocol", "h4-v1"]
+    code, out, _ = run_command("sdpo_eval.__main__", run, *arguments)
+    assert code == 0
+    assert out.count("  begins ") == 4
+    mmlu = out[out.index("MMLU, ") : out.index("TruthfulQA, ")].splitlines()
+    assert mmlu[1].replace(" ", "").startswith("beginsThe")
+    assert mmlu[2].replace(" ", "").endswith("wer:")
+    assert mmlu[3].split() == ["choice", "Ġ", "A"] or mmlu[3].split() == ["choice", "ĠA"]
+    assert not (run / "results.parquet").exists()
+
+
+def test_one_model_without_a_run_folder(small, models, run_command):
+    code, out, _ = run_command(
+        "sdpo_eval.__main__", "--model", models / "two", "--limit", 1, "--tasks", "mmlu", "--data-dir", small
+    )
+    assert code == 0
+    assert f"{models / 'two'}, nothing kept" in out.replace("\n", "")
+
+
+def test_limit_and_budget_together_are_refused(run, run_command):
+    code, _, err = run_command("sdpo_eval.__main__", run, "--limit", 5, "--budget", "tiny")
+    assert code == 2
+    assert "limit 5 and budget 'tiny' both say how many items; set one of them" in err
+
+
+def test_protocols_are_not_mixed_in_one_run(small, models, run):
+    first = evaluate(models / "one", config(small, limit=2, tasks=["mmlu"]), run)
+    with pytest.raises(SdpoError, match=r"holds answers of protocol h4-lmeval@.*, now it is h4-v1@"):
+        evaluate(models / "one", config(small, limit=2, tasks=["mmlu"], protocol="h4-v1"), run)
+    other = evaluate(models / "one", config(small, limit=2, tasks=["mmlu"], protocol="h4-v1"))
+    assert other["value"].to_list() == first["value"].to_list()  # MMLU's questions are the same in both
+
+
+def test_a_step_whose_tokenizer_adds_bos_unlike_the_base_models_is_refused(small, models, run, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+
+    shutil.copytree(models / "one", tmp_path / "one")
+    _, tokenizer = load_model(tmp_path / "one")
+    tokenizer.bos_token = "<|im_start|>"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(tmp_path / "one")
+    steps = steps_of(models, "one").with_columns(model=pl.lit(str(tmp_path / "one")))
+    with pytest.raises(SdpoError, match=r"one adds BOS before a text, unlike the base model's"):
+        evaluate(steps, config(small, limit=1, tasks=["truthfulqa_mc2"]), run)
+
+
+# Tasks beside H4
+
+
+@pytest.fixture
+def other_tasks(tmp_path):
+    """Folder with two tasks of one's own, one of choices and one that generates."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = [{"q": f"Is it {row}?", "answers": choices(row, 3), "gold": row % 3} for row in range(5)]
+    (folder / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "own.jsonl")}}}
+    common = {**data, "test_split": "test", "doc_to_text": "{{q}}", "metadata": {"version": 1}}
+    choose = {"task": "choose", "output_type": "multiple_choice", "doc_to_choice": "{{answers}}",
+              "doc_to_target": "gold", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}  # fmt: skip
+    kwargs = {"until": ["?"], "max_gen_toks": 4}
+    write_it = {"task": "write_it", "output_type": "generate_until", "metric_list": [{"metric": "exact_match"}],
+                "doc_to_target": "{{answers[0]}}", "generation_kwargs": kwargs}  # fmt: skip
+    for task in (choose, write_it):
+        ruamel.yaml.YAML().dump(common | task, folder / f"{task['task']}.yaml")
+    return folder
+
+
+def test_other_tasks_stand_beside_h4_and_are_lm_evals_own(small, models, run, other_tasks, tmp_path, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    names = ["mmlu", "choose", "write_it"]
+    settings = config(small, limit=3, tasks=names, task_dir=str(other_tasks))
+    results = evaluate(models / "one", settings, run)
+    assert results.select("task", "metric", "n", "n_full").rows() == [
+        ("mmlu", "acc", 3, 9), ("choose", "acc", 3, 5), ("choose", "acc_norm", 3, 5), ("write_it", "exact_match", 3, 5),
+    ]  # fmt: skip
+    check(results, RESULTS, "results")
+    items = check(Run(run).items, ITEMS, "items")
+    model, tokenizer = load_model(models / "one")
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4)
+    theirs = oracle(lm, [str(other_tasks / "choose.yaml")], 3, tmp_path, monkeypatch)["choose"]
+    ours = items.filter(task="choose").sort("item_id")
+    for row, sample in zip(ours.iter_rows(named=True), theirs, strict=True):
+        assert row["choice_logps"] == pytest.approx([logp for logp, _ in sample["filtered_resps"]], abs=1e-4)
+        assert row["score"] == sample["acc"]
+    assert results.filter(task="choose", metric="acc")["value"][0] == pytest.approx(100 * ours["score"].mean())
+    assert results.filter(task="choose")["protocol"][0].startswith("lm-eval@")
+    monkeypatch.setattr(answers, "load_model", None)
+    assert_frame_equal(evaluate(models / "one", settings, run), results)  # nothing is done a second time
+
+
+@pytest.mark.real
+def test_a_task_that_is_none(small, models, run, other_tasks):
+    with pytest.raises(SdpoError, match=r"eval.tasks has 'chose', which is neither of H4 nor of lm-eval.*choose"):
+        evaluate(models / "one", config(small, tasks=["chose"], task_dir=str(other_tasks)), run)
+
+
+def test_a_task_whose_data_is_out_of_reach(small, models, run, other_tasks):
+    (other_tasks / "own.jsonl").unlink()
+    with pytest.raises(SdpoError, match=r"The data of choose cannot be had: .* eval.task_dir"):
+        evaluate(models / "one", config(small, tasks=["choose"], task_dir=str(other_tasks)), run)
+
+
+def test_anyones_simple_evaluate_on_the_prefix_engine(models):
+    from lm_eval.models.huggingface import HFLM
+
+    model, tokenizer = load_model(models / "one")
+    long = list(range(3, 300)) * 2  # longer than the 512 tokens that the model reads: cut on the left, as HFLM does
+    requests = [(("", ""), [5, 6, 7], [8]), (("", ""), [5, 6], [9, 10, 11]), (("", ""), long, [4, 5])]
+    ours = prefix_lm(model, tokenizer)._loglikelihood_tokens(requests)
+    theirs = HFLM(pretrained=model, tokenizer=tokenizer)._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert [logp for logp, _ in ours] == pytest.approx([logp for logp, _ in theirs], abs=1e-4)
+    assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+
+
 # The real model and data
 
 
@@ -595,7 +754,7 @@ def test_command_without_steps_evaluates_the_model(small, models, tmp_path, run_
 @pytest.mark.parametrize("name", COUNTS)
 def test_real_questions_are_lm_evals_own(name, shared_data, tmp_path, monkeypatch):
     task, data = h4.TASKS[name], shared_data / "benchmarks"
-    documents = h4.load_documents(task, str(data))
+    documents = load_documents(task, str(data))
     files = [
         task_file(tmp_path, name, data, subject)
         for subject in (["anatomy", "world_religions"] if name == "mmlu" else [None])
@@ -603,8 +762,32 @@ def test_real_questions_are_lm_evals_own(name, shared_data, tmp_path, monkeypatc
     samples = oracle(dummy_lm(), files, 20, tmp_path, monkeypatch)
     for subject, theirs in samples.items():
         rows = [f"{subject}/{row}" for row in range(20)]
-        assert [item.pairs for item in build_items(task, documents, rows)] == [pairs_of(sample) for sample in theirs]
-        assert build_items(task, documents, rows[-1:])[0].pairs == pairs_of(theirs[-1])
+        ours = {item.item_id: asked(item) for item in write_items(task, documents, rows)}
+        assert [ours[row] for row in rows] == [pairs_of(sample) for sample in theirs]
+        assert [asked(item) for item in write_items(task, documents, rows[-1:])] == [pairs_of(theirs[-1])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COUNTS)
+def test_every_real_question_is_lm_evals_own(name, shared_data, tmp_path, monkeypatch):
+    task, data = h4.TASKS[name], shared_data / "benchmarks"
+    documents = load_documents(task, str(data))
+    subjects = sorted(documents) if name == "mmlu" else [None]
+    files = [task_file(tmp_path, name, data, subject) for subject in subjects]
+    samples = oracle(dummy_lm(), files, None, tmp_path, monkeypatch)
+    theirs = {f"{subject}/{sample['doc_id']}": pairs_of(sample) for subject in samples for sample in samples[subject]}
+    assert len(theirs) == task.n_full
+    assert {item.item_id: asked(item) for item in write_items(task, documents, theirs)} == theirs
+
+
+@pytest.mark.slow
+def test_every_question_of_mmlu_is_the_same_in_both_protocols(shared_data):
+    task = h4.TASKS["mmlu"]
+    documents = load_documents(task, str(shared_data / "benchmarks"))
+    every = [f"{subject}/{row}" for subject, splits in documents.items() for row in range(len(splits["test"]))]
+    old = {item.item_id: item for item in h4_v1.write_items(task, documents, every)}
+    assert len(old) == task.n_full
+    assert {item.item_id: item for item in write_items(task, documents, every)} == old
 
 
 @pytest.mark.real

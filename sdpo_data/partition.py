@@ -18,7 +18,8 @@ import pydantic
 from sdpo_data import workers
 from sdpo_data.config import Command, Settings, read_command
 from sdpo_data.console import command, print_table, say
-from sdpo_data.difficulty import Difficulty, difficulty_named, length_correlation, noise_band, print_report
+from sdpo_data.describe import length_correlation, noise_band, print_report
+from sdpo_data.difficulty import Difficulty, difficulty_named
 from sdpo_data.pairs import PairsConfig, make_pairs
 from sdpo_data.score import ScoreConfig, make_scores
 from sdpo_data.tables import LOGP_MARGIN, PARTITION, REWARD_ACCURACY, SCORES, SdpoError, check

@@ -21,6 +21,7 @@ import xxhash
 
 from sdpo_data.assets import cache_folder
 from sdpo_data.flex import flex_attention, tree_mask
+from sdpo_data.head import logits_to_logps, read_logps, run_head
 from sdpo_data.run import write_atomically
 from sdpo_data.tree import Bin, Request, Row, plan_bins, plan_rows
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROW_TOKENS = {"cpu": 512, "cuda": 8192}  # of a forward pass: beyond 512, dense masks cost a CPU more than they save
-HEAD_BYTES = {"cpu": 2**26, "cuda": 2**29}  # of the largest (rows, vocabulary) block of float32 logits
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.05, "float16": 0.01}  # nats a token, at the probe
 FLEX = ("cuda",)  # devices on which FlexAttention is tried; dense masks in short rows elsewhere
 PROBE = 24  # tokens of the smallest probe
@@ -154,7 +154,7 @@ def tree_logps(model: "PreTrainedModel", requests: Sequence[Request]) -> "list[t
     [bin_] = plan_bins(requests, sum(len(ids) for ids, _ in requests))
     own = [requests[place] for place in bin_.sequences]
     [row] = plan_rows(own, bin_.tokens)
-    logps, _ = _read(model, _tree_states(model, row, None), row.readers, row.targets)
+    logps, _ = read_logps(model, _tree_states(model, row, None), row.readers, row.targets)
     back = torch.from_numpy(np.argsort(row.places)).to(logps.device)
     parts = logps[back].split([len(ids) - start for ids, start in own])
     return [part for _, part in sorted(zip(bin_.sequences, parts, strict=True), key=lambda pair: pair[0])]
@@ -176,7 +176,7 @@ def _tree(model: "PreTrainedModel", requests: Sequence[Request], row_tokens: int
             cache = DynamicCache()  # nothing of the row before is seen
         states = _tree_states(model, row, cache, flex=flex)
         if len(row.readers):
-            yield row.places, *_read(model, states, row.readers, row.targets), len(row.tokens)
+            yield row.places, *read_logps(model, states, row.readers, row.targets), len(row.tokens)
         else:
             yield row.places, *_nothing(states), len(row.tokens)
 
@@ -237,87 +237,11 @@ def _batch(model: "PreTrainedModel", requests: Sequence[Request]) -> Iterator[Re
     targets = np.concatenate([np.asarray(tokens[start:], dtype=np.int64) for tokens, start in requests])
     if read_model(model).split_head:
         states = model.base_model(**inputs).last_hidden_state.flatten(0, 1)
-        logps, likeliest = _read(model, states, readers, targets)
+        logps, likeliest = read_logps(model, states, readers, targets)
     else:
         logits = model(**inputs).logits.flatten(0, 1)[torch.from_numpy(readers).to(model.device)]
-        logps, likeliest = _logps(logits, torch.from_numpy(targets).to(logits.device))
+        logps, likeliest = logits_to_logps(logits, torch.from_numpy(targets).to(logits.device))
     yield np.arange(len(readers)), logps, likeliest, ids.size
-
-
-def _read(
-    model: "PreTrainedModel", states: "torch.Tensor", readers: np.ndarray, targets: np.ndarray
-) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Log-probability of target k as position readers[k] (ascending) predicts it, and whether it is the likeliest.
-
-    Every position goes through the head once, as many at a time as HEAD_BYTES allows; with
-    gradients, a block's logits are computed again on the way back rather than kept.
-    """
-    import torch
-    from torch.utils.checkpoint import checkpoint
-
-    positions, rows = np.unique(readers, return_inverse=True)
-    vocabulary = model.config.get_text_config().vocab_size
-    size = max(1, HEAD_BYTES.get(states.device.type, HEAD_BYTES["cuda"]) // (4 * vocabulary))
-    parts = []
-    for first in range(0, len(positions), size):
-        low, high = np.searchsorted(rows, [first, first + size])
-        at = torch.from_numpy(rows[low:high] - first).to(states.device)
-        tokens = torch.from_numpy(targets[low:high]).to(states.device)
-        block = states[torch.from_numpy(positions[first : first + size]).to(states.device)]
-
-        def head(block: "torch.Tensor", at: "torch.Tensor" = at, tokens: "torch.Tensor" = tokens) -> Any:
-            return _logps(_head(model, block), tokens, at)
-
-        parts.append(checkpoint(head, block, use_reentrant=False) if block.requires_grad else head(block))
-    logps, likeliest = zip(*parts, strict=True)
-    return torch.cat(logps), torch.cat(likeliest)
-
-
-def _logps(
-    logits: "torch.Tensor", tokens: "torch.Tensor", at: "torch.Tensor | None" = None
-) -> "tuple[torch.Tensor, torch.Tensor]":
-    """Read log-probabilities off logits (rows, vocab), at least in float32."""
-    import torch
-
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    at = torch.arange(len(tokens), device=logits.device) if at is None else at
-    tokens, at = tokens.to(logits.device), at.to(logits.device)
-    own = logits[at, tokens]
-    return own - logits.logsumexp(-1)[at], own.detach() >= logits.detach().amax(-1)[at]
-
-
-def _head(model: "PreTrainedModel", states: "torch.Tensor") -> "torch.Tensor":
-    """Run what a model does after its backbone (head, soft cap, scale) on hidden states (rows, hidden).
-
-    The backbone's place is taken by the states for the one call, so that it is the model's own code
-    that runs, whatever its architecture.
-    """
-    import torch
-
-    backbone = model.base_model
-    own = vars(backbone).get("forward")  # accelerate puts its hooks there
-    backbone.forward = lambda *_, **__: _Output(states[None])  # type: ignore[method-assign]
-    try:
-        return model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=model.device), use_cache=False).logits[0]
-    finally:
-        if own is None:
-            del backbone.forward
-        else:
-            backbone.forward = own
-
-
-class _Output:
-    """What a backbone gives back, whatever its class: hidden states, and nothing else."""
-
-    def __init__(self, states: "torch.Tensor"):
-        self.last_hidden_state = states
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-
-    def __getitem__(self, place: int) -> "torch.Tensor":
-        return (self.last_hidden_state,)[place]
 
 
 def _nothing(states: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":
@@ -373,14 +297,14 @@ def _probe(model: "PreTrainedModel", length: int) -> Reading:
     with torch.inference_mode():
         try:
             logits = model(input_ids=torch.from_numpy(ids[None, :PROBE]).to(model.device), use_cache=False).logits[0]
-            split = _head(model, _states(model, ids[:PROBE]))
+            split = run_head(model, _states(model, ids[:PROBE]))
         except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
             return Reading(0, length, split_head=False)
         allowed = TOLERANCE[str(model.dtype).removeprefix("torch.")]
         if (logits - split).abs().max() > allowed:
             return Reading(0, length, split_head=False)
         padded = _states(model, np.concatenate([ids[:PROBE], ids[:7]]))[:PROBE]
-        noise = (_head(model, padded).log_softmax(-1) - split.log_softmax(-1)).abs().max()
+        noise = (run_head(model, padded).log_softmax(-1) - split.log_softmax(-1)).abs().max()
         allowed = max(allowed, 3 * float(noise))
         for flex in (True, False) if model.device.type in FLEX else (False,):
             fits, window = length, _window(model)
@@ -412,7 +336,7 @@ def _tree_is_right(model: "PreTrainedModel", ids: np.ndarray, length: int, allow
         if place and length > PROBE:  # the longest tells of depth, a short probe of branches
             continue
         tokens = np.asarray(requests[place][0])
-        alone, _ = _read(model, _states(model, tokens), np.arange(len(tokens) - 1), tokens[1:])
+        alone, _ = read_logps(model, _states(model, tokens), np.arange(len(tokens) - 1), tokens[1:])
         if not np.abs(alone.float().cpu().numpy() - packed).max() <= allowed:
             return False
     return True

@@ -7,7 +7,8 @@ from typing import Any
 
 import polars as pl
 
-from sdpo_data.difficulty import Difficulty, difficulty_named, length_correlation
+from sdpo_data.describe import length_correlation
+from sdpo_data.difficulty import Difficulty, difficulty_named
 from sdpo_data.tables import TOKEN_DIFFERENCE, SdpoError
 from sdpo_eval import plots
 from sdpo_eval.blocks import Block, Drawing, Estimate, Listing, Prose, Quotes, Section, Table, write_number

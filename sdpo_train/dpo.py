@@ -24,7 +24,8 @@ from sdpo_data.console import progress
 from sdpo_data.encode import encode_pairs
 from sdpo_data.models import load_model, model_key, save_model
 from sdpo_data.run import write_atomically
-from sdpo_data.score import Scorer, score_encoded
+from sdpo_data.score import score_encoded
+from sdpo_data.scorer import Scorer
 from sdpo_data.store import ScoreStore
 from sdpo_data.tables import LOGP_MARGIN, METRICS, SCORES, SdpoError
 from sdpo_train.steps import StepWork, TrainConfig

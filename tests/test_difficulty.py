@@ -3,16 +3,15 @@ import math
 import polars as pl
 import pytest
 
-from sdpo_data.difficulty import (
-    DIFFICULTIES,
+from sdpo_data.describe import (
     describe_definitions,
     describe_scores,
-    difficulty_named,
     length_correlation,
     noise_band,
     print_report,
     unclear_orders,
 )
+from sdpo_data.difficulty import DIFFICULTIES, difficulty_named
 from sdpo_data.tables import SCORES, SdpoError
 
 
@@ -267,7 +266,7 @@ def test_above_the_limit_tau_is_that_of_a_sample_whatever_the_order_of_the_rows(
         orient="row",
     )
     whole = describe_definitions(frame)
-    monkeypatch.setattr("sdpo_data.difficulty.TAU_PAIRS", 20)
+    monkeypatch.setattr("sdpo_data.describe.TAU_PAIRS", 20)
     sampled = describe_definitions(frame)
     assert sampled["tau_pairs"].unique().to_list() == [20]
     assert sampled["logp_margin"][0] != whole["logp_margin"][0]

@@ -140,7 +140,7 @@ def test_the_head_never_sees_more_than_its_share(monkeypatch):
     model, seen = build("gemma2"), []
     requests = [(list(range(12)), 2), ([*range(8), 1, 2, 3], 5)]
     expected = [completion.logps for completion in scored(model, requests)]
-    monkeypatch.setattr(prefix, "HEAD_BYTES", {"cpu": 720, "cuda": 720})
+    monkeypatch.setattr("sdpo_data.head.HEAD_BYTES", {"cpu": 720, "cuda": 720})
     model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.shape[1]))
     got = [completion.logps for completion in scored(model, requests)]
     assert max(seen) == 3
@@ -150,7 +150,7 @@ def test_the_head_never_sees_more_than_its_share(monkeypatch):
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "gemma2"])
 def test_gradients_are_those_of_plain_forwards(name, monkeypatch):
     """In float64: one answer's sum minus twice the other's, in one tree and in two plain forwards."""
-    monkeypatch.setattr(prefix, "HEAD_BYTES", {"cpu": 720, "cuda": 720})
+    monkeypatch.setattr("sdpo_data.head.HEAD_BYTES", {"cpu": 720, "cuda": 720})
     model = build(name).double()
     requests = [([1, 2, 3, 4, 5, 6], 3), ([1, 2, 3, 7, 8], 3)]
     chosen, rejected = tree_logps(model, requests)

@@ -95,7 +95,7 @@ def asked(monkeypatch):
         answers.extend(requests)
         return score_bin(model, requests, *args, **kwargs)
 
-    monkeypatch.setattr("sdpo_data.score.score_bin", counted)
+    monkeypatch.setattr("sdpo_data.scorer.score_bin", counted)
     return answers
 
 
@@ -162,11 +162,11 @@ def test_a_killed_scoring_goes_on_with_the_very_same_bins(tiny_model, pairs, mon
         done.append(len(requests))
         return score_bin(model, requests, *args, **kwargs)
 
-    monkeypatch.setattr("sdpo_data.score.score_bin", dies)
+    monkeypatch.setattr("sdpo_data.scorer.score_bin", dies)
     with pytest.raises(KeyboardInterrupt):
         score_pairs(pairs, tiny_model, broken)
     rest = []
-    monkeypatch.setattr("sdpo_data.score.score_bin", lambda *a, **k: rest.append(len(a[1])) or score_bin(*a, **k))
+    monkeypatch.setattr("sdpo_data.scorer.score_bin", lambda *a, **k: rest.append(len(a[1])) or score_bin(*a, **k))
     more = pairs.head(1).with_columns(
         pair_id=pl.lit("new"), chosen=pairs["rejected"][3:4], rejected=pairs["chosen"][3:4]
     )
@@ -181,7 +181,7 @@ def test_memory_that_runs_out_is_said_with_the_setting(tiny_model, pairs, monkey
     def full(*_, **__):
         raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr("sdpo_data.score.score_bin", full)
+    monkeypatch.setattr("sdpo_data.scorer.score_bin", full)
     with pytest.raises(
         SdpoError, match=r"forward pass of 512 tokens\. Set score\.token_budget to 256, or score\.dtype"
     ):
@@ -263,7 +263,7 @@ def test_the_command_writes_the_noise_of_a_coarse_dtype(tiny_model, pair_file, t
 
 @pytest.mark.real
 def test_scores_equal_trls_reference_pass(shared_data, tmp_path):
-    """The oracle: TRL 1.16 tokenises and scores the raw pairs by itself, two at a time, unsorted."""
+    """The oracle: TRL 1.16 tokenises and scores the raw pairs by itself, one by one."""
     import datasets
     from trl import DPOConfig, DPOTrainer
 
@@ -280,7 +280,7 @@ def test_scores_equal_trls_reference_pass(shared_data, tmp_path):
             model=model,
             args=DPOConfig(
                 output_dir=str(tmp_path), precompute_ref_log_probs=True, max_length=1024, bf16=False,
-                activation_checkpointing=False, report_to="none", per_device_train_batch_size=2, disable_tqdm=True,
+                activation_checkpointing=False, report_to="none", per_device_train_batch_size=1, disable_tqdm=True,
             ),
             train_dataset=datasets.Dataset.from_list([trl_row(row) for row in pairs.iter_rows(named=True)]),
             processing_class=tokenizer,

@@ -12,6 +12,7 @@ _HOME = {
     "PartitionConfig": "partition",
     "Run": "run",
     "ScoreConfig": "score",
+    "ScoreStore": "store",
     "SdpoError": "tables",
     "check_pairs": "doctor",
     "decontaminate_pairs": "decontaminate",
@@ -22,6 +23,8 @@ _HOME = {
     "open_run": "run",
     "partition_pairs": "partition",
     "read_pairs": "pairs",
+    "rescore_sample": "score",
+    "score_completions": "prefix",
     "score_pairs": "score",
     "touched_items": "decontaminate",
 }

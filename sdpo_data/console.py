@@ -65,12 +65,19 @@ def command(main: Callable[[], None]) -> None:
 class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:,.1f} {task.fields['unit']}/s", style="cyan")
+        if speed is None:
+            return Text("")
+        return Text(f"{speed:,.1f} {task.fields['unit']}/s{task.fields['note'](speed)}", style="cyan")
 
 
 @contextmanager
-def progress(stage: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+def progress(
+    stage: str, total: int, unit: str, note: Callable[[float], str] = lambda _: ""
+) -> Iterator[Callable[[int], None]]:
     """Show a bar with the stage's name, done/total, rate and time left; silent off a terminal.
+
+    Args:
+        note: what to say behind the rate, given it in units per second.
 
     Yields:
         advance(n): count n more units as done.
@@ -90,7 +97,7 @@ def progress(stage: str, total: int, unit: str) -> Iterator[Callable[[int], None
         disable=not (stderr.is_terminal or stderr.is_jupyter) or not workers.is_main(),
     )
     with bar:
-        task: TaskID = bar.add_task(stage, total=total, unit=unit)
+        task: TaskID = bar.add_task(stage, total=total, unit=unit, note=note)
         yield lambda n: bar.advance(task, n)
 
 

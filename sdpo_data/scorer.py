@@ -57,7 +57,8 @@ def complete(requests: dict[str, Request], scorer: Scorer) -> pl.DataFrame:
         store.begin(plan)
     own = bins[workers.rank() :: workers.count()]
     tokens = sum(bin_["tokens"][0] for bin_ in own)
-    with progress("score", tokens, "tokens") as advance, scorer.work.timed(scorer.model, tokens):
+    bar = progress(scorer.work.describe_plan() if missing else "score", tokens, "tokens", scorer.work.describe_rate)
+    with bar as advance, scorer.work.timed(scorer.model, tokens):
         for bin_ in own:
             rows = _compute(bin_, requests, scorer, advance)
             if rows["logp"].is_finite().all():

@@ -121,15 +121,20 @@ class ScoreStore:
             plan = _parquet_or_none(path)
             if plan is None or self.find(plan["request"].to_list()).height == plan["request"].n_unique():
                 path.unlink(missing_ok=True)
-        shards = sorted(self.folder.glob("*.parquet"))
-        if len(shards) < COMPACT_FROM:
+        if len(list(self.folder.glob("*.parquet"))) >= COMPACT_FROM:
+            with filelock.FileLock(self.folder / ".lock"):
+                self._merge()
+
+    def _merge(self) -> None:
+        frames = {path: self._read_shard(path) for path in sorted(self.folder.glob("*.parquet"))}
+        whole = {path: frame for path, frame in frames.items() if frame is not None}
+        if len(whole) < COMPACT_FROM:  # another process was here before
             return
-        with filelock.FileLock(self.folder / ".lock"):
-            frames = {path: self._read_shard(path) for path in shards if path.exists()}
-            whole = {path: frame for path, frame in frames.items() if frame is not None}
-            self._seen.add(self._write_shard(pl.concat(whole.values()).unique("request", maintain_order=True)))
-            for path in whole:
-                path.unlink(missing_ok=True)  # only now: readers meanwhile find a row twice, never not at all
+        merged = self._write_shard(pl.concat(whole.values()).unique("request", maintain_order=True))
+        self._seen.add(merged)
+        for path in whole:  # only now: readers meanwhile find a row twice, never not at all
+            if path.name != merged:
+                path.unlink(missing_ok=True)
 
     def _write_shard(self, rows: pl.DataFrame) -> str:
         buffer = BytesIO()
@@ -146,9 +151,7 @@ class ScoreStore:
             return None
         self._seen.add(path.name)
         if hashlib.sha256(content).hexdigest()[:32] != path.stem:
-            log.warning(
-                "%s is not what was written (its name is a hash of its content): its answers are not used", path
-            )
+            log.warning("%s is damaged (its name is a hash of its content): its answers are not used", path)
             return None
         return pl.read_parquet(BytesIO(content)).select(list(SHARD)).cast(dict(SHARD))  # type: ignore[arg-type]
 

@@ -60,15 +60,30 @@ class Work:
             yield
             return
         self.device_flops = self.device_flops or measure_flops(model)
-        started = time.perf_counter()
-        yield
-        self.seconds += time.perf_counter() - started
-        self.own_tokens += tokens
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         apart = {id(part.weight) for part in (head, embedding) if part is not None}
         matrices = [weight for weight in model.parameters() if weight.dim() > 1 and id(weight) not in apart]
         self.backbone = sum(weight.numel() for weight in matrices)
         self.head = head.weight.numel() if head is not None else 0
+        started = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - started
+        self.own_tokens += tokens
+
+    def describe_plan(self) -> str:
+        """Say in a few words what sharing saves."""
+        return f"score ({self.tokens / self.floor:.2f} of the floor, {self.alone - self.tokens:,} tokens saved)"
+
+    def describe_rate(self, speed: float) -> str:
+        """Say what share of the device's measured rate so many tokens per second are."""
+        if not self.device_flops:
+            return ""
+        return f", {speed * self.flops_per_token / self.device_flops:.0%} of matmul"
+
+    @property
+    def flops_per_token(self) -> float:
+        """Multiplications and additions with weights, the head's spread over all tokens."""
+        return 2.0 * (self.backbone + self.head * self.reads / self.tokens)
 
     def describe(self, scores: pl.DataFrame) -> Iterator[str]:
         """Say it in a line or two.
@@ -79,16 +94,16 @@ class Work:
         yield f"scored {scores.height:,} pairs: {self.known:,} answers from the store, {self.computed:,} computed"
         if not self.own_tokens:
             return
-        flops = 2.0 * self.own_tokens * (self.backbone + self.head * self.reads / self.tokens) / self.seconds
+        speed = self.own_tokens / self.seconds
         lengths = pl.col("prompt_tokens") + pl.max_horizontal("chosen_tokens", "rejected_tokens")
         batches = scores.select(size=2 * lengths.max().over(pl.int_range(pl.len()) // PEER_BATCH)).sum().item()
         several = f" on each of {workers.count()} processes" if workers.count() > 1 else ""
         padded = f", {batches:,} in padded batches of {PEER_BATCH} pairs in data order" if not self.known else ""
         yield (
-            f"{self.own_tokens / self.seconds:,.0f} tokens/s{several} over {self.seconds:,.1f} s, "
-            f"{flops / self.device_flops:.0%} of the {self.device_flops / 1e9:,.0f} GFLOP/s measured "
-            f"in a plain matrix product; {self.tokens:,} tokens computed, {self.tokens / self.floor:.2f} of the floor "
-            f"({self.floor:,}; {self.alone:,} without sharing{padded})"
+            f"{speed:,.0f} tokens/s{several} over {self.seconds:,.1f} s, "
+            f"{speed * self.flops_per_token / self.device_flops:.0%} of the {self.device_flops / 1e9:,.0f} GFLOP/s "
+            f"measured in a plain matrix product; {self.tokens:,} tokens computed, {self.tokens / self.floor:.2f} of "
+            f"the floor ({self.floor:,}; {self.alone:,} without sharing{padded})"
         )
 
 

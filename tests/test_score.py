@@ -14,6 +14,7 @@ from sdpo_data.pairs import read_pairs
 from sdpo_data.prefix import score_bin
 from sdpo_data.score import ScoreConfig, rescore_sample, score_and_drop, score_pairs
 from sdpo_data.tables import SCORES, SdpoError, check
+from sdpo_data.tree import request_key
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +176,24 @@ def test_a_killed_scoring_goes_on_with_the_very_same_bins(tiny_model, pairs, mon
     )  # new pairs do not move it
     assert sum(done) + sum(rest) == 18
     assert list((tmp_path / "broken").glob("*/plans/*")) == []
+
+
+def test_the_store_tells_how_to_compute_its_bits_again(tiny_model, pairs, monkeypatch, tmp_path):
+    """bin, place and row_tokens are the plan: any one bin, computed from them alone, gives the stored bits."""
+    monkeypatch.setattr("sdpo_data.tree.BIN_ROWS", 2)
+    score_pairs(pairs, tiny_model, ScoreConfig(token_budget=16, store=str(tmp_path / "store")))
+    rows = pl.concat([pl.read_parquet(path) for path in (tmp_path / "store").glob("*/*.parquet")])
+    assert rows["bin"].n_unique() > 2
+    model, tokenizer = load_model(tiny_model)
+    encoded = encode_pairs(pairs, tokenizer, 1024, "drop")
+    requests = {}
+    for side in ("chosen", "rejected"):
+        for prompt, answer in encoded.select("prompt_ids", f"{side}_ids").iter_rows():
+            requests[request_key((prompt + answer, len(prompt)))] = (prompt + answer, len(prompt))
+    for bin_ in rows.partition_by("bin"):
+        bin_ = bin_.sort("place")
+        again = score_bin(model, [requests[key] for key in bin_["request"]], bin_["row_tokens"][0])
+        assert [float(one.logps.sum(dtype="float64")) for one in again] == bin_["logp"].to_list()
 
 
 def test_memory_that_runs_out_is_said_with_the_setting(tiny_model, pairs, monkeypatch):

@@ -11,7 +11,6 @@ Nothing else should be at work on the machine.
 
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
@@ -57,7 +57,7 @@ def main(
         requests = as_requests(encoded)
         if only:
             make_way(only, model, dtype, loaded, tokenizer, encoded)()
-            print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+            print(peak_mib())
             return
         compare(source, model, dtype, loaded, tokenizer, encoded, requests, rounds)
         if memory:
@@ -80,6 +80,12 @@ def main(
                 done = subprocess.run(child, capture_output=True, text=True, check=True)
                 rows.append({"way": name, "peak MiB": int(done.stdout.split()[-1])})
             print_table(pl.DataFrame(rows), "peak memory of the whole process, model and libraries included")
+
+
+def peak_mib() -> int:
+    """Peak memory of this process; getrusage would count what its parent had when it was forked."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) // 1024
 
 
 def some_pairs(source: str, tokenizer, count: int, max_length: int) -> pl.DataFrame:

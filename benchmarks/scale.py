@@ -6,7 +6,6 @@ is. What may grow with the number of pairs is the pairs themselves and their sco
     python benchmarks/scale.py --sizes 10000 100000 1000000
 """
 
-import resource
 import subprocess
 import sys
 import tempfile
@@ -51,7 +50,7 @@ def score(size: int) -> tuple[float, float, float, float]:
             path
         )
         pairs = pl.read_parquet(path)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        before = peak_mib()
         started = time.perf_counter()
         scores = data.score_pairs(pairs, model, data.ScoreConfig(store=folder))
         seconds = time.perf_counter() - started
@@ -59,9 +58,15 @@ def score(size: int) -> tuple[float, float, float, float]:
         return (
             pairs.estimated_size() / 2**20,
             before,
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            peak_mib(),
             seconds,
         )
+
+
+def peak_mib() -> float:
+    """Peak memory of this process; getrusage would count what its parent had when it was forked."""
+    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
 
 
 def some_pairs(first: int, count: int) -> pl.DataFrame:

@@ -82,7 +82,8 @@ def _plan(requests: dict[str, Request], known: set[str], scorer: Scorer) -> pl.D
     size = row_tokens(scorer.model, scorer.token_budget)
     wanted = pl.col("request").is_in(list(missing)) & (pl.col("row_tokens") == size)
     begun = scorer.store.unfinished().filter(wanted.all().over("bin"))
-    rest = [key for key in missing if key not in set(begun["request"])]
+    going_on = set(begun["request"])
+    rest = [key for key in missing if key not in going_on]
     places = plan_work(scorer.model, [missing[key] for key in rest], scorer.token_budget) if rest else []
     rows = []
     for bin_ in places:

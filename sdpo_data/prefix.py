@@ -93,7 +93,14 @@ def score_completions(
 def plan_work(model: "PreTrainedModel", requests: Sequence[Request], token_budget: int | None = None) -> list[Bin]:
     """Plan bins for this model: trees as far as it can read them, batches beyond."""
     longest = max(len(ids) for ids, _ in requests)
-    return plan_bins(requests, row_tokens(model, token_budget), read_model(model, longest).packed_length)
+    packed_length = read_model(model, longest).packed_length
+    if longest > packed_length:
+        log.info(
+            "%s is read in padded batches where sequences have more than %d tokens: prefix trees are not exact there",
+            type(model).__name__,
+            packed_length,
+        )
+    return plan_bins(requests, row_tokens(model, token_budget), packed_length)
 
 
 def row_tokens(model: "PreTrainedModel", token_budget: int | None) -> int:
@@ -269,12 +276,6 @@ def read_model(model: "PreTrainedModel", length: int = PROBE) -> Reading:
         _readings[name] = known = _probe(model, max(PROBE, length))
         content = json.dumps(asdict(known))
         write_atomically(memo, lambda temporary: temporary.write_text(content))
-    if known.packed_length < min(length, known.probed):
-        log.info(
-            "%s is read in padded batches where sequences have more than %d tokens: prefix trees are not exact there",
-            type(model).__name__,
-            known.packed_length,
-        )
     return known
 
 

@@ -50,6 +50,8 @@ class Command:
     """What config.yaml is to hold: the old file, the recipe and the flags, merged."""
     asked: frozenset[str]
     """The switches that were given: what to do this once, which is no setting and not remembered."""
+    named: dict[str, tuple[str, ...]]
+    """The values of the options that were given: on what to do it this once."""
     kept: bool
     """RUN was named; if not, `run` is a folder that is gone when the process ends."""
 
@@ -93,6 +95,7 @@ def read_command(
     argv: list[str] | None = None,
     *,
     switches: Mapping[str, str] | None = None,
+    options: Mapping[str, str] | None = None,
     needs_run: bool = True,
 ) -> Command:
     """Read `RUN [--config FILE] [--force] [--setting value ...]` against the run's config.yaml.
@@ -104,6 +107,7 @@ def read_command(
             of the other sections carry theirs (`--score.max-length 512`).
         models: section name -> its settings model.
         switches: flags for this call alone, such as check for --check, with their help.
+        options: flags for this call alone that take values, such as unit for --unit A B.
         needs_run: RUN must be named; if not, a folder for this process stands in for it.
 
     Raises:
@@ -111,14 +115,14 @@ def read_command(
     """
     argv = sys.argv[1:] if argv is None else argv
     run, recipe = _peek(argv)
-    fields = _command_fields(switches or {}, needs_run=needs_run)
+    fields = _command_fields(switches or {}, options or {}, needs_run=needs_run)
     call = _parse(prog, description, own, models, argv, [run, recipe], fields)
     if run is None and call.kept:  # flags stood before RUN: read again, now knowing whose config.yaml has the defaults
         call = _parse(prog, description, own, models, argv, [call.run.path, recipe], fields)
     return call
 
 
-def _command_fields(switches: Mapping[str, str], *, needs_run: bool) -> dict[str, Any]:
+def _command_fields(switches: Mapping[str, str], options: Mapping[str, str], *, needs_run: bool) -> dict[str, Any]:
     import tyro  # only here: importing a package of ours stays fast
 
     run, folder = tyro.conf.arg(help="Run folder; made if missing."), Path if needs_run else Path | None
@@ -130,7 +134,10 @@ def _command_fields(switches: Mapping[str, str], *, needs_run: bool) -> dict[str
         ),
     }
     for name, text in {"force": "Remake what is finished.", **switches}.items():
-        fields[name] = (Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help=text)], False)
+        flag = tyro.conf.arg(name=name, help=text)  # by another name here: a pydantic model has a `json` of its own
+        fields[f"asked_{name}"] = (Annotated[bool, tyro.conf.FlagCreatePairsOff, flag], False)
+    for name, text in options.items():
+        fields[f"asked_{name}"] = (Annotated[tuple[str, ...], tyro.conf.arg(name=name, help=text)], ())
     return fields
 
 
@@ -172,10 +179,11 @@ def _parse(
             file[name] = {**(file.get(name) or {}), **changed}
     if given.model != DEFAULT_MODEL or "model" in file:
         file["model"] = given.model
-    switches = own_fields.keys() - {"run", "config", "force"}
-    asked = frozenset(name for name in switches if getattr(given, name))
-    kept = given.run is not None
-    return Command(Run(given.run if kept else _passing_folder()), given.force, given.model, settings, file, asked, kept)
+    said = {name.removeprefix("asked_"): getattr(given, name) for name in own_fields if name.startswith("asked_")}
+    asked = frozenset(name for name, value in said.items() if value is True)
+    named = {name: value for name, value in said.items() if isinstance(value, tuple)}
+    run = Run(given.run if (kept := given.run is not None) else _passing_folder())
+    return Command(run, "force" in asked, given.model, settings, file, asked, named, kept)
 
 
 def _passing_folder() -> str:

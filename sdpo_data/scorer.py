@@ -1,5 +1,6 @@
 """Answer requests for log-probabilities: from the score store, or by the prefix engine, bin by bin."""
 
+import contextlib
 import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -28,11 +29,22 @@ class Scorer:
     store: ScoreStore
     token_budget: int | None = None
     token_logps: bool = False
+    autocast: str | None = None
+    """Compute in this dtype though the weights have another, as mixed-precision training does."""
     work: Work = field(default_factory=Work)
 
     @property
     def dtype(self) -> str:
-        return str(self.model.dtype).removeprefix("torch.")
+        """What the numbers depend on beside the weights: their dtype, or that of the autocast."""
+        return f"{self.autocast}_autocast" if self.autocast else str(self.model.dtype).removeprefix("torch.")
+
+    def precision(self) -> "contextlib.AbstractContextManager[Any]":
+        """Give the context to compute in."""
+        if not self.autocast:
+            return contextlib.nullcontext()
+        import torch
+
+        return torch.autocast(self.model.device.type, getattr(torch, self.autocast))
 
 
 def complete(requests: dict[str, Request], scorer: Scorer) -> pl.DataFrame:
@@ -97,7 +109,8 @@ def _compute(bin_: pl.DataFrame, requests: dict[str, Request], scorer: Scorer, a
     first = bin_.row(0, named=True)
     own = [requests[key] for key in bin_["request"]]
     try:
-        completions = score_bin(scorer.model, own, first["row_tokens"], advance, packed=first["packed"])
+        with scorer.precision():
+            completions = score_bin(scorer.model, own, first["row_tokens"], advance, packed=first["packed"])
     except RuntimeError as error:
         if "memory" not in str(error):
             raise

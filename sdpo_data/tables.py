@@ -55,7 +55,7 @@ SCORES = pl.Schema(
     }
 )
 PARTITION = pl.Schema(
-    {  # one row per pair: the sDPO step that trains on it
+    {  # one row per pair and sDPO step that trains on it: one step each, unless steps are cumulative
         "pair_id": pl.String,
         "source": pl.String,
         "step": pl.Int64,  # 1 = easiest
@@ -81,6 +81,7 @@ STEPS = pl.Schema(
         "last_loss": pl.Float64,
         "max_start_gap": pl.Float64,  # largest |policy - reference| log-prob before update 1, nats
         "margin_ref_mean": pl.Float64,  # mean logp_margin of the step's pairs under its reference, nats
+        "shared_from": pl.String,  # the unit whose result this is: computed once, for arms that agree; else null
     }
 )
 METRICS = pl.Schema(
@@ -147,7 +148,7 @@ NULLABLE = {
     "against_key", "against_chosen_logp", "against_rejected_logp",  # SCORES
     "row", "pair_id",  # DROPPED
     "correct", "gold_logp", "stderr",  # ITEMS, RESULTS
-    "max_start_gap",  # STEPS: an arm whose start is not its reference has none
+    "max_start_gap", "shared_from",  # STEPS: an arm whose start is not its reference has no gap
 }  # fmt: skip
 
 LOGP_MARGIN = pl.col("chosen_logp") - pl.col("rejected_logp")
@@ -172,7 +173,7 @@ def check(frame: pl.DataFrame, schema: pl.Schema, name: str) -> pl.DataFrame:
 
     Raises:
         SdpoError: a column is missing, has another type, or holds nulls where it may not;
-            or pair_id, where it is the key, repeats.
+            or the key repeats: pair_id of PAIRS and SCORES, (pair_id, step) of PARTITION.
     """
     missing = [column for column in schema if column not in frame.columns]
     if missing:
@@ -188,10 +189,13 @@ def check(frame: pl.DataFrame, schema: pl.Schema, name: str) -> pl.DataFrame:
                 f"{name}.{column} has {nulls} null value(s), first at row {first}. "
                 "Drop those rows or fill them before going on."
             )
-    if schema in (PAIRS, SCORES, PARTITION) and frame["pair_id"].is_duplicated().any():
-        repeated = frame.filter(pl.col("pair_id").is_duplicated())["pair_id"]
-        raise SdpoError(
-            f"{name} has {repeated.n_unique()} repeated pair_id(s), e.g. {repeated[0]!r}. "
-            "Was the frame concatenated twice?"
-        )
+    key = ["pair_id", "step"] if schema == PARTITION else ["pair_id"]
+    if schema in (PAIRS, SCORES, PARTITION) and frame["pair_id"].is_duplicated().any():  # one column: the fast case
+        repeated = frame.filter(pl.struct(key).is_duplicated())
+        if repeated.height:
+            where = f" in step {repeated['step'][0]}" if schema == PARTITION else ""
+            raise SdpoError(
+                f"{name} has {repeated['pair_id'].n_unique()} repeated pair_id(s), e.g. "
+                f"{repeated['pair_id'][0]!r}{where}. Was the frame concatenated twice?"
+            )
     return frame

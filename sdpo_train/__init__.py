@@ -5,7 +5,7 @@ Not TRL's SDPOTrainer, which is Self-Distillation Policy Optimization. Names loa
 
 from importlib import import_module
 
-_HOME = {"ARMS": "arms", "TrainConfig": "steps", "run_sdpo": "steps"}
+_HOME = {"ARMS": "arms", "TrainConfig": "config", "run_sdpo": "steps"}
 __all__ = sorted(_HOME)
 
 

@@ -1,26 +1,14 @@
-"""One step of stepwise DPO with TRL: the only file that imports it.
-
-TRL computes the loss and the updates. Ours are the tokens (those that were scored), the reference
-log-probabilities (no second model in memory) and the proof that the hand-off is what was declared.
-"""
+"""One step of stepwise DPO: reference log-probabilities, training, diagnosis, and the model it hands on."""
 
 import logging
-import math
-import tempfile
+import shutil
 import time
-import warnings
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import datasets
 import polars as pl
-import torch
-import transformers
-from peft import LoraConfig
-from trl import DPOConfig, DPOTrainer
 
-from sdpo_data.console import progress
+from sdpo_data import workers
 from sdpo_data.encode import encode_pairs
 from sdpo_data.models import load_model, model_key, save_model
 from sdpo_data.run import write_atomically
@@ -28,66 +16,83 @@ from sdpo_data.score import score_encoded
 from sdpo_data.scorer import Scorer
 from sdpo_data.store import ScoreStore
 from sdpo_data.tables import LOGP_MARGIN, METRICS, SCORES, SdpoError
-from sdpo_train.steps import StepWork, TrainConfig
+from sdpo_train import handoff
+from sdpo_train.config import StepConfig
+from sdpo_train.diagnostics import contamination_alarm, diagnose_step, split_held_out
+from sdpo_train.divergence import measure_divergence
+from sdpo_train.trainer import MOMENTS, Trained, train_pairs
+from sdpo_train.work import StepWork
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from sdpo_train.steps import Inputs
+
 log = logging.getLogger(__name__)
 
-DTYPE = "float32"  # weights, forward pass and hand-off: updates of 1e-5 vanish in bfloat16
-START_GAP = 5e-3  # nats per answer: float32 noise was up to 2e-3 in padded batches of two pairs, 1e-4 one by one
-START_PAIRS = 8  # pairs whose policy log-probabilities are compared before the first update
+WEIGHTS = "float32"  # updates of 1e-5 vanish in bfloat16, step after step
 
 
-def train_step(work: StepWork, config: TrainConfig) -> dict[str, Any]:
+def train_step(work: StepWork, config: StepConfig) -> dict[str, Any]:
     """Run DPO on one step's pairs and write the model it gives, in float32.
+
+    A step that was interrupted goes on from its newest whole checkpoint, and ends with the weights
+    it would have had.
 
     Args:
         work: pairs in training order, start and reference with the keys their arm declares.
+        config: settings of this step, see `config.step_config`.
 
     Returns:
-        The step's STEPS row. work.out then holds the model, tokenizer, metrics.parquet (METRICS)
-        and reference_scores.parquet (SCORES of the step's pairs under its reference).
+        The step's STEPS row. work.out then holds the model, tokenizer, metrics.parquet (METRICS),
+        reference_scores.parquet and, with train.diagnose, scores.parquet (SCORES of the step's pairs
+        under its reference and under the model it gave).
 
     Raises:
         SdpoError: start or reference do not have the declared weights; the policy does not agree
             with the reference before the first update, where start is reference; the first loss
-            is not log 2 then; pairs are longer than what was scored; the loss is not finite.
+            is not that of a zero margin then; pairs are longer than what was scored; a loss or
+            gradient is not finite; memory or disk ran out.
 
     Source: arXiv 2403.19270, section 3.2, with the loss of arXiv 2305.18290, eq. 7.
     """
-    started = time.monotonic()
-    _check_key(work, "start", work.start, work.start_key)
-    _check_key(work, "reference", work.reference, work.reference_key)
-    model, tokenizer = load_model(work.reference, DTYPE)
-    encoded = _encode(work, tokenizer, config)
-    reference = _reference_scores(work, encoded, model)
+    clock = _Clock()
+    handoff.check_key(work, "start", work.start, work.start_key)
+    handoff.check_key(work, "reference", work.reference, work.reference_key)
+    model, tokenizer = load_model(work.reference, WEIGHTS)
+    encoded = _encode(work.pairs, tokenizer, config)
+    reference = _reference_scores(work, config, encoded, model)
+    start = None
     if work.start_key != work.reference_key:
         del model
-        model, tokenizer = load_model(work.start, DTYPE)
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        progress(f"train {work.arm} seed {work.seed} step {work.step}", _updates(work, config), "updates") as advance,
-    ):
-        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # TRL 1.16 on transformers 5.23
-        trainer = _trainer(work, config, encoded, reference, model, tokenizer, scratch, _Progress(advance))
-        gap = _start_gap(trainer, work)
-        trainer.train()
-        trained: Any = trainer.model
-        if config.lora_rank:
-            trained = trained.merge_and_unload()
-    metrics = _metrics(work, trainer.state.log_history)
-    losses = metrics.filter(pl.col("name") == "loss").sort("update")["value"]
-    _check_losses(work, config, losses)
-
-    def write(folder: Path) -> None:
-        folder.mkdir()
-        save_model(trained, tokenizer, folder)
-        metrics.write_parquet(folder / "metrics.parquet")
-        reference.write_parquet(folder / "reference_scores.parquet")
-
-    write_atomically(work.out, write)
+        model, tokenizer = load_model(work.start, WEIGHTS)
+        start = score_encoded(encoded, work.pairs, _scorer(work, config, model, work.start_key))
+    held_out = _held_out(work, config, tokenizer)
+    before = None if held_out is None else score_encoded(*held_out, _scorer(work, config, model, work.start_key))
+    clock.lap("reference")
+    scratch = work.out.with_name(f"{work.out.name}.unfinished")
+    trained = train_pairs(work, config, encoded, reference, model, tokenizer, scratch)
+    clock.lap("train")
+    key = model_key(trained.model)
+    tables = {"metrics": trained.metrics, "reference_scores": reference}
+    if config.diagnose:
+        scorer = _scorer(work, config, trained.model, key)
+        tables["scores"] = score_encoded(encoded, work.pairs, scorer)
+        if held_out is not None and before is not None:
+            tables["held_out_scores"] = score_encoded(*held_out, scorer)
+            if work.step == 1:
+                tables["held_out_base"] = before
+        tables["metrics"] = pl.concat([tables["metrics"], _diagnosis(work, config, trained, tables, start, before)])
+    if config.kl_samples:
+        divergence = measure_divergence(work, config, encoded, trained.model, tokenizer, trained.updates)
+        tables["metrics"] = pl.concat([tables["metrics"], divergence])
+    clock.lap("diagnose")
+    tables["metrics"] = pl.concat([tables["metrics"], clock.rows(work, trained.updates)])
+    if workers.is_main():
+        write_atomically(work.out, lambda folder: _write(folder, trained, tokenizer, tables, scratch))
+    workers.wait()
+    handoff.check_key(work, "result", str(work.out), key)
+    losses = trained.metrics.filter(pl.col("name") == "loss").sort("update")["value"]
     lengths = reference.select(pl.col("prompt_tokens", "chosen_tokens", "rejected_tokens").sum()).row(0)
     return {
         "arm": work.arm,
@@ -95,187 +100,167 @@ def train_step(work: StepWork, config: TrainConfig) -> dict[str, Any]:
         "step": work.step,
         "start_key": work.start_key,
         "reference_key": work.reference_key,
-        "model_key": model_key(work.out),
+        "model_key": key,
         "model": str(work.out),
         "pairs": encoded.height,
         "tokens": sum(lengths) * config.epochs,
-        "updates": trainer.state.global_step,
-        "seconds": time.monotonic() - started,
+        "updates": trained.updates,
+        "seconds": clock.total(),
         "first_loss": losses[0],
         "last_loss": losses[-1],
-        "max_start_gap": gap,
+        "max_start_gap": trained.start_gap,
         "margin_ref_mean": reference.select(LOGP_MARGIN.mean()).item(),
+        "shared_from": None,
     }
 
 
-class _PairTrainer(DPOTrainer):
-    """TRL's trainer on pairs that are tokens already and carry their reference log-probabilities."""
+def rescore(pairs: pl.DataFrame, name: str, kept: "Inputs | StepWork", config: StepConfig) -> pl.DataFrame:
+    """Score pairs with a model that a step gave, as training would see them.
 
-    def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
-        return dataset
+    Args:
+        pairs: PAIRS frame.
+        name: folder of the model.
+        kept: names the score store and its token budget.
 
-    def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-        return dataset
-
-    def start_gap(self, pairs: int) -> float:
-        """Largest |policy - reference| log-probability of the first pairs, nats, in TRL's own forward."""
-        gaps = []
-        batches = math.ceil(pairs / self.args.per_device_train_batch_size)
-        self.ref_model = self.model  # else TRL switches the adapters off, and the policy is not looked at
-        for batch in islice(self.get_train_dataloader(), batches):
-            inputs = self._prepare_inputs(batch)
-            sides = zip(self.compute_ref_log_probs(self.model, inputs), ("chosen", "rejected"), strict=True)
-            gaps += [(policy - inputs[f"ref_{side}_logps"]).abs().max().item() for policy, side in sides]
-        self.ref_model = None
-        return max(gaps)
+    Returns:
+        SCORES frame, in the order of the pairs.
+    """
+    model, tokenizer = load_model(name, WEIGHTS)
+    return score_encoded(_encode(pairs, tokenizer, config), pairs, _scorer(kept, config, model, model_key(name)))
 
 
-class _Progress(transformers.TrainerCallback):
-    def __init__(self, advance: Any):
-        self.advance = advance
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.advance(1)
-
-
-def _trainer(
-    work: StepWork,
-    config: TrainConfig,
-    encoded: pl.DataFrame,
-    reference: pl.DataFrame,
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    scratch: str,
-    callback: transformers.TrainerCallback,
-) -> _PairTrainer:
-    rows = encoded.join(reference, on="pair_id", maintain_order="left").select(
-        "prompt_ids", "chosen_ids", "rejected_ids", ref_chosen_logps="chosen_logp", ref_rejected_logps="rejected_logp"
-    )
-    args = DPOConfig(
-        output_dir=scratch,
-        beta=config.beta,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=config.schedule,
-        warmup_steps=config.warmup,  # below 1 it is a share
-        num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.device_pairs,
-        gradient_accumulation_steps=config.batch_pairs // config.device_pairs,
-        train_sampling_strategy="sequential",  # the partition's order is the curriculum
-        precompute_ref_log_probs=True,  # they come with the rows: see _precompute_ref_logps
-        max_length=None,  # encode_pairs has cut already
-        bf16=False,
-        activation_checkpointing=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
-        seed=work.seed,
-        logging_steps=1,
-        logging_nan_inf_filter=False,  # else a NaN loss is logged as the last good one
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    adapters = LoraConfig(r=config.lora_rank, lora_alpha=2 * config.lora_rank, target_modules="all-linear")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    transformers.set_seed(work.seed)
-    trainer = _PairTrainer(
-        model=model,
-        args=args,
-        train_dataset=datasets.Dataset(rows.to_arrow()),
-        processing_class=tokenizer,
-        peft_config=adapters if config.lora_rank else None,
-        callbacks=[callback],
-    )
-    trainer.remove_callback(transformers.PrinterCallback)
-    return trainer
-
-
-def _encode(work: StepWork, tokenizer: "PreTrainedTokenizerBase", config: TrainConfig) -> pl.DataFrame:
-    encoded = encode_pairs(work.pairs, tokenizer, config.max_length, "cut")
+def _encode(pairs: pl.DataFrame, tokenizer: "PreTrainedTokenizerBase", config: StepConfig) -> pl.DataFrame:
+    encoded = encode_pairs(pairs, tokenizer, config.max_length, "cut")
     problems = encoded.filter(pl.col("problem").is_not_null())
     if problems.height:
         raise SdpoError(
-            f"{problems.height} pair(s) of {work.arm} step {work.step} cannot be trained on, e.g. "
-            f"{problems['pair_id'][0]!r}: {problems['problem'][0]}. Set train.max_length to score.max_length."
+            f"{problems.height} pair(s) cannot be trained on, e.g. {problems['pair_id'][0]!r}: "
+            f"{problems['problem'][0]}. Set train.max_length to score.max_length."
         )
     return encoded
 
 
-def _reference_scores(work: StepWork, encoded: pl.DataFrame, model: "PreTrainedModel") -> pl.DataFrame:
+def _scorer(kept: "Inputs | StepWork", config: StepConfig, model: "PreTrainedModel", key: str) -> Scorer:
+    """Give a scorer that computes as training does: float32 weights, and the forward pass in train.dtype."""
+    autocast = None if config.dtype == WEIGHTS else config.dtype
+    dtype = f"{autocast}_autocast" if autocast else WEIGHTS
+    return Scorer(model, key, ScoreStore(kept.store, key, dtype), kept.token_budget, autocast=autocast)
+
+
+def _reference_scores(
+    work: StepWork, config: StepConfig, encoded: pl.DataFrame, model: "PreTrainedModel"
+) -> pl.DataFrame:
     """SCORES of the step's pairs under its reference: those at hand if they are of its weights, else new ones."""
-    known = work.scores
-    if known is not None:
-        known = encoded.select("pair_id").join(known, on="pair_id", maintain_order="left")
-        _check_same_tokens(work, encoded, known)
+    scorer = _scorer(work, config, model, work.reference_key)
+    if work.scores is not None:
+        known = encoded.select("pair_id").join(work.scores, on="pair_id", maintain_order="left")
+        handoff.check_same_tokens(work, encoded, known)
         same_model = known["model_key"].eq_missing(work.reference_key).all()
-        if same_model and known["dtype"].eq_missing(DTYPE).all():
+        if same_model and known["dtype"].eq_missing(scorer.dtype).all():
             return known.select(list(SCORES))
-    store = ScoreStore(None, work.reference_key, DTYPE)
-    return score_encoded(encoded, work.pairs, Scorer(model, work.reference_key, store))
+    return score_encoded(encoded, work.pairs, scorer)
 
 
-def _check_same_tokens(work: StepWork, encoded: pl.DataFrame, known: pl.DataFrame) -> None:
-    counts = [pl.col(f"{side}_ids").list.len().cast(pl.Int64).alias(f"{side}_now") for side in ("chosen", "rejected")]
-    both = encoded.select("pair_id", *counts).join(known, on="pair_id")
-    other = both.filter(
-        (pl.col("chosen_now") != pl.col("chosen_tokens")) | (pl.col("rejected_now") != pl.col("rejected_tokens"))
-    )
-    if other.height:
-        row = other.row(0, named=True)
-        raise SdpoError(
-            f"{other.height} pair(s) of {work.arm} step {work.step} were scored on other tokens than they would be "
-            f"trained on, e.g. {row['pair_id']!r}: {row['chosen_tokens']} chosen tokens scored, {row['chosen_now']} "
-            "now. Set train.max_length to score.max_length, and use the model that was scored."
-        )
-
-
-def _check_key(work: StepWork, role: str, model: str, declared: str) -> None:
-    found = model_key(model)
-    if found != declared:
-        raise SdpoError(
-            f"{work.arm} step {work.step}: its {role} {model} has weights {found}, but the arm declares {declared}. "
-            "The folder was changed after it was trained; --force trains its steps again."
-        )
-
-
-def _start_gap(trainer: _PairTrainer, work: StepWork) -> float | None:
-    """Prove the hand-off in nats: before the first update, policy and reference say the same."""
-    gap = trainer.start_gap(START_PAIRS)
-    if work.start_key != work.reference_key:
+def _held_out(
+    work: StepWork, config: StepConfig, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[pl.DataFrame, pl.DataFrame] | None:
+    """Encode the held-out pairs that fit, with their PAIRS; None where there are none to look at."""
+    if not config.diagnose or work.held_out is None:
         return None
-    if not gap <= START_GAP:
-        raise SdpoError(
-            f"{work.arm} step {work.step}: before the first update a log-probability of the policy differs from the "
-            f"reference's by {gap:.3g} nats (at most {START_GAP:g} is float32 noise). The reference log-probabilities "
-            "are not of the model the step starts from, or not of the same tokens."
-        )
-    return gap
+    encoded = encode_pairs(work.held_out, tokenizer, config.max_length, "cut")
+    fit = encoded.filter(pl.col("problem").is_null())
+    if fit.height < encoded.height:
+        log.info("%d of %d held-out pairs do not fit train.max_length", encoded.height - fit.height, encoded.height)
+    return (fit, work.held_out) if fit.height else None
 
 
-def _check_losses(work: StepWork, config: TrainConfig, losses: pl.Series) -> None:
-    if not losses.is_finite().all():
-        update = losses.is_finite().not_().arg_true()[0] + 1
-        raise SdpoError(
-            f"{work.arm} step {work.step}: the loss is {losses[update - 1]} at update {update}. "
-            f"Lower train.learning_rate (now {config.learning_rate:g}) or raise train.warmup."
-        )
-    tolerance = config.beta * START_GAP + 1e-5
-    if work.start_key == work.reference_key and abs(losses[0] - math.log(2)) > tolerance:
-        raise SdpoError(
-            f"{work.arm} step {work.step}: the first loss is {losses[0]:.6f}, not log 2 = 0.693147 within "
-            f"{tolerance:.2g}. The step does not start at its reference."
-        )
+def _diagnosis(
+    work: StepWork,
+    config: StepConfig,
+    trained: Trained,
+    tables: dict[str, pl.DataFrame],
+    start: pl.DataFrame | None,
+    held_out_before: pl.DataFrame | None,
+) -> pl.DataFrame:
+    """METRICS of what the step did to its pairs and to those held out; an alarm is said, and is a row too."""
+    reference, after = tables["reference_scores"], tables.get("held_out_scores")
+    base = reference if work.scores is None else reference.select("pair_id").join(work.scores, on="pair_id")
+    held_out = None if after is None or held_out_before is None else (held_out_before, after)
+    rows = diagnose_step(
+        work.arm,
+        work.seed,
+        work.step,
+        trained.updates,
+        beta=config.beta,
+        base=base,
+        before=reference,
+        after=tables["scores"],
+        start=start,
+        definition=work.definition,
+        held_out=held_out,
+        earlier=_earlier(work, held_out),
+    )
+    if (alarm := contamination_alarm(reference, base)) is not None:
+        log.warning("%s step %d: %s", work.arm, work.step, alarm)
+        said = (work.arm, work.seed, work.step, 0, "alarm/contaminated_reference", 1.0)
+        rows = pl.concat([rows, pl.DataFrame([said], METRICS, orient="row")])
+    return rows
 
 
-def _metrics(work: StepWork, history: list[dict[str, float]]) -> pl.DataFrame:
-    rows = [
-        (work.arm, work.seed, work.step, entry["step"], name, float(value))
-        for entry in history
-        if "loss" in entry
-        for name, value in entry.items()
-        if name not in ("step", "epoch")
-    ]
-    return pl.DataFrame(rows, METRICS, orient="row")
+def _earlier(
+    work: StepWork, held_out: tuple[pl.DataFrame, pl.DataFrame] | None
+) -> dict[int, tuple[pl.DataFrame, pl.DataFrame]]:
+    """Held-out pairs of the parts before this one, under the start and the trained model."""
+    kept = work.out.parent / "step_1" / "held_out_base.parquet"
+    if held_out is None or work.partition is None or work.step == 1 or not kept.exists():
+        return {}
+    base = pl.read_parquet(kept)
+    found = {}
+    for part, rows in split_held_out(base, work.partition).items():
+        if part < work.step:
+            own = [frame.join(rows.select("pair_id"), on="pair_id", how="semi") for frame in held_out]
+            found[part] = (own[0], own[1])
+    return found
 
 
-def _updates(work: StepWork, config: TrainConfig) -> int:
-    return math.ceil(work.pairs.height / config.batch_pairs) * config.epochs
+class _Clock:
+    """Seconds of a step's phases, and the most memory it had, as METRICS rows named cost/*."""
+
+    def __init__(self) -> None:
+        self.started = self.last = time.monotonic()
+        self.laps: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.monotonic()
+        self.laps[f"cost/{name}_seconds"], self.last = now - self.last, now
+
+    def total(self) -> float:
+        return time.monotonic() - self.started
+
+    def rows(self, work: StepWork, update: int) -> pl.DataFrame:
+        values = self.laps | {"cost/peak_memory_mib": peak_memory()}
+        rows = [(work.arm, work.seed, work.step, update, name, value) for name, value in values.items()]
+        return pl.DataFrame(rows, METRICS, orient="row")
+
+
+def peak_memory() -> float:
+    """Most memory this process had so far, MiB: of the GPU if it has one, else of the host; 0 where unknown."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((float(line.split()[1]) / 2**10 for line in lines if line.startswith("VmHWM")), 0.0)
+
+
+def _write(
+    folder: Path, trained: Trained, tokenizer: "PreTrainedTokenizerBase", tables: dict[str, pl.DataFrame], scratch: Path
+) -> None:
+    folder.mkdir()
+    save_model(trained.model, tokenizer, folder)
+    for name, table in tables.items():
+        table.write_parquet(folder / f"{name}.parquet")
+    for left in (scratch / MOMENTS, scratch / "adapter"):
+        if left.exists():
+            shutil.move(left, folder / left.name)

@@ -3,78 +3,95 @@
 Needs no torch: the work of one step is passed in.
 """
 
+import hashlib
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import polars as pl
-import pydantic
 
-from sdpo_data.config import Settings, merge_config
+from sdpo_data import orders, workers
+from sdpo_data.config import merge_config
+from sdpo_data.difficulty import difficulty_named
 from sdpo_data.run import Run, write_atomically
-from sdpo_data.tables import PAIRS, PARTITION, SCORES, STEPS, SdpoError, check
-from sdpo_train.arms import Arm, arm_named, arm_partition
+from sdpo_data.tables import METRICS, PAIRS, PARTITION, SCORES, STEPS, SdpoError, check
+from sdpo_train.arms import Variant, arm_config, arm_partition, variants
+from sdpo_train.config import StepConfig, TrainConfig
+from sdpo_train.work import StepWork, TrainStep, count_updates, recipe
 
 log = logging.getLogger(__name__)
 
-NOT_NUMBERS = {"arms", "seeds", "device_pairs"}  # settings that do not change what one step computes
+Rescore = Callable[[pl.DataFrame, str, "Inputs", StepConfig], pl.DataFrame]
+"""PAIRS, a model's folder, where its scores are kept, settings -> SCORES."""
 
 
-class TrainConfig(Settings):
-    arms: list[str] = pydantic.Field(["sdpo"], min_length=1)
-    """Which arms to run: sdpo, dpo."""
-    seeds: list[int] = pydantic.Field([0], min_length=1)
-    """One run of every arm per seed: order inside the steps, LoRA initialisation."""
-    beta: float = pydantic.Field(0.1, gt=0)
-    """Strength of the pull towards the reference. alignment-handbook's Zephyr recipe has 0.01."""
-    learning_rate: float = pydantic.Field(5e-7, gt=0)
-    """Peak learning rate. LoRA wants about ten times that of a full fine-tune."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning-rate schedule, anew in every step."""
-    warmup: float = pydantic.Field(0.1, ge=0, lt=1)
-    """Share of a step's updates over which the learning rate rises."""
-    epochs: int = pydantic.Field(1, ge=1)
-    """Passes over a step's pairs."""
-    batch_pairs: int = pydantic.Field(32, ge=1)
-    """Pairs per optimiser update."""
-    device_pairs: int = pydantic.Field(2, ge=1)
-    """Pairs per forward pass; must divide batch_pairs. Changes speed and memory."""
-    lora_rank: int = pydantic.Field(0, ge=0)
-    """Rank of LoRA adapters on all linear layers, merged after every step; 0 trains all weights."""
-    max_length: int = pydantic.Field(1024, ge=2)
-    """Longest prompt + answer, tokens; must cut nothing that score.max_length did not cut."""
+@dataclass
+class Chain:
+    """One arm under one seed: a line of models, each made from those before it."""
 
-    @pydantic.model_validator(mode="after")
-    def _batch_divides(self) -> "TrainConfig":
-        if self.batch_pairs % self.device_pairs:
-            raise ValueError(f"batch_pairs {self.batch_pairs} is not a multiple of device_pairs {self.device_pairs}")
-        return self
+    run: Run
+    variant: Variant
+    seed: int
+    order: pl.DataFrame
+    """PARTITION as this arm and seed trains on it."""
+    base: tuple[str, str]
+    """Name and key of S."""
+    config: list[StepConfig] = field(default_factory=list)
+    """Settings of each step."""
+
+    @property
+    def name(self) -> str:
+        return f"arms/{self.variant.label}/seed_{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return self.run.path / self.name
+
+    @property
+    def steps(self) -> range:
+        return range(1, len(self.config) + 1)
+
+    def row(self, step: int) -> dict[str, Any] | None:
+        """Give the STEPS row of a finished step."""
+        path = self.folder / "steps.parquet"
+        rows = pl.read_parquet(path).filter(pl.col("step") == step) if path.exists() else STEPS.to_frame()
+        return rows.row(0, named=True) if rows.height else None
+
+    def model(self, step: int) -> tuple[str, str]:
+        """Give name and key of M_step; of S for step 0.
+
+        Raises:
+            SdpoError: that step is not finished.
+        """
+        if not step:
+            return self.base
+        if (row := self.row(step)) is None:
+            raise SdpoError(
+                f"{self.name}/step_{step + 1} starts from step {step}, which is not finished. "
+                f"Train it first: --unit {self.variant.label}/{self.seed}/{step}"
+            )
+        return row["model"], row["model_key"]
+
+    def updates(self, step: int) -> int:
+        return count_updates(self.order.filter(pl.col("step") == step).height, self.config[step - 1])
 
 
 @dataclass(frozen=True)
-class StepWork:
-    """Everything one step needs; what it gives back is its STEPS row."""
+class Inputs:
+    """What all units of a run work on."""
 
-    arm: str
-    seed: int
-    step: int
     pairs: pl.DataFrame
-    """PAIRS in training order."""
-    start: str
-    """Folder or name of the model the policy starts from."""
-    start_key: str
-    """The key its weights must have."""
-    reference: str
-    reference_key: str
     scores: pl.DataFrame | None
-    """SCORES that may already hold the reference log-probabilities, if their model_key says so."""
-    out: Path
-    """Folder to write."""
-
-
-TrainStep = Callable[[StepWork, TrainConfig], dict[str, Any]]
+    held_out: pl.DataFrame | None
+    store: str | None
+    token_budget: int | None
+    force: bool
+    train_step: TrainStep | None
+    rescore: Rescore | None
 
 
 def run_sdpo(
@@ -85,13 +102,18 @@ def run_sdpo(
     *,
     scores: pl.DataFrame | None = None,
     config: TrainConfig | None = None,
+    units: Sequence[str] = (),
     force: bool = False,
+    store: str | None = None,
+    token_budget: int | None = None,
     train_step: TrainStep | None = None,
+    rescore: Rescore | None = None,
 ) -> pl.DataFrame:
     """Align `model` step by step: each step starts from, and refers to, the model before it.
 
     A step counts as done when its row is in arms/<arm>/seed_<s>/steps.parquet, which is written
-    last. A killed run, started again, repeats only the step it died in.
+    last. A killed run, started again, goes on inside the step it died in. What another arm has
+    already done under another name (step 1 of arms that agree there) is shared, not repeated.
 
     Args:
         pairs: PAIRS frame.
@@ -99,8 +121,12 @@ def run_sdpo(
         model: the reference model S: folder, hub id or embedded:NAME.
         out: run folder; models go to arms/<arm>/seed_<s>/step_<t>. The inputs are saved there too.
         scores: SCORES of the pairs under S; saves a scoring pass in step 1.
+        units: only these, as arm/seed/step; all of config's arms and seeds if empty.
         force: train finished steps again.
+        store: folder of the score store; the cache folder unless given.
+        token_budget: tokens per forward pass when scoring.
         train_step: what one step does; `sdpo_train.dpo.train_step` unless given.
+        rescore: how `adaptive` scores what is left; `sdpo_train.dpo.rescore` unless given.
 
     Returns:
         STEPS frame of all arms and seeds asked for, finished ones included.
@@ -112,7 +138,7 @@ def run_sdpo(
     Source: arXiv 2403.19270, section 3.2: M_t = DPO(start M_{t-1}, reference M_{t-1}, D_t).
     """
     config = config or TrainConfig()
-    arms = {name: arm_named(name) for name in config.arms}
+    found = variants(config)
     pairs, partition = check(pairs, PAIRS, "pairs"), check(partition, PARTITION, "partition")
     unknown = partition.join(pairs, on="pair_id", how="anti")
     if unknown.height:
@@ -121,54 +147,192 @@ def run_sdpo(
             "Were they made from different data?"
         )
     run = Run(out)
-    _save_inputs(run, {"pairs": (pairs, PAIRS), "partition": (partition, PARTITION), "scores": (scores, SCORES)})
-    done = [
-        _run_arm(run, name, arm, seed, pairs, partition, str(model), scores, config, force, train_step)
-        for name, arm in arms.items()
-        for seed in config.seeds
-    ]
-    return pl.concat(done)
+    if workers.is_main():
+        _save_inputs(run, {"pairs": (pairs, PAIRS), "partition": (partition, PARTITION), "scores": (scores, SCORES)})
+    workers.wait()
+    held_out = run.held_out if (run.path / "held_out.parquet").exists() else None
+    given = Inputs(pairs, scores, held_out, store, token_budget, force, train_step, rescore)
+    chains = [chain(run, one, seed, partition, str(model), scores) for one in found for seed in config.seeds]
+    wanted = _wanted(chains, units)
+    for one in chains:
+        for step in one.steps:
+            if (one.variant.label, one.seed, step) in wanted:
+                _run_unit(one, step, given)
+        if one.row(one.steps[-1]) is not None and (config.export_dtype or config.push_to_hub):
+            _publish(one, config, alone=len(chains) == 1)
+    done = [pl.read_parquet(path) for one in chains if (path := one.folder / "steps.parquet").exists()]
+    return check(pl.concat([STEPS.to_frame(), *(rows.select(list(STEPS)) for rows in done)]), STEPS, "steps")
 
 
-def _run_arm(
-    run: Run,
-    name: str,
-    arm: Arm,
-    seed: int,
-    pairs: pl.DataFrame,
-    partition: pl.DataFrame,
-    base: str,
-    scores: pl.DataFrame | None,
-    config: TrainConfig,
-    force: bool,  # noqa: FBT001
-    train_step: TrainStep | None,
-) -> pl.DataFrame:
+def chain(
+    run: Run, variant: Variant, seed: int, partition: pl.DataFrame, base: str, scores: pl.DataFrame | None
+) -> Chain:
+    """Lay out one arm under one seed: its order, its settings step by step."""
     from sdpo_data.models import model_key  # reads the weights' files: no torch
 
-    folder = run.path / "arms" / name / f"seed_{seed}"
-    order = arm_partition(arm, partition, seed)
-    models = [(base, model_key(base))]  # (name, key) of S, M_1, M_2, ...
-    for step in range(1, int(order["step"].max()) + 1):  # type: ignore[arg-type]
-        start, reference = ({"previous": models[-1], "base": models[0]}[which] for which in (arm.start, arm.reference))
-        unit = f"arms/{name}/seed_{seed}/step_{step}"
-        recipe = config.model_dump(exclude=NOT_NUMBERS) | {"start": start[1], "reference": reference[1]}
-        with run.stage(unit, recipe, ["pairs", "partition"], force=force) as stage:
-            if not stage.current:
-                merge_config(run, {"model": base, "train": config.model_dump(mode="json")})
-                write_atomically(folder / "partition.parquet", order.write_parquet)
-                step_pairs = (
-                    order.filter(pl.col("step") == step)
-                    .select("pair_id")
-                    .join(pairs, on="pair_id", maintain_order="left")
-                )
-                work = StepWork(name, seed, step, step_pairs, *start, *reference, scores, run.path / unit)
-                log.info("%s seed %d step %d: %d pairs from %s", name, seed, step, step_pairs.height, start[0])
-                row = (train_step or _dpo_step())(work, config)
-                _add_row(folder / "steps.parquet", row)
-                stage.outputs += [unit, f"arms/{name}/seed_{seed}/steps.parquet"]
-        row = pl.read_parquet(folder / "steps.parquet").filter(pl.col("step") == step).row(0, named=True)
-        models.append((row["model"], row["model_key"]))
-    return pl.read_parquet(folder / "steps.parquet").sort("step")
+    config = variant.config
+    order = arm_partition(variant.arm, partition, seed, scores, config.selective_share)
+    steps = order["step"].n_unique()
+    own = Chain(run, variant, seed, order, (base, model_key(base)))
+    own.config = [arm_config(variant, step, steps, partition) for step in range(1, steps + 1)]
+    kept = own.folder / "partition.parquet"
+    if variant.arm.adaptive and kept.exists():  # what finished steps trained on, their successors do not
+        own.order = check(pl.read_parquet(kept), PARTITION, str(kept))
+    return own
+
+
+def _wanted(chains: list[Chain], units: Sequence[str]) -> set[tuple[str, int, int]]:
+    there = {(one.variant.label, one.seed, step) for one in chains for step in one.steps}
+    if not units:
+        return there
+    asked = set()
+    for unit in units:
+        parts = unit.rsplit("/", 2)
+        if len(parts) != 3 or not (parts[1].isdigit() and parts[2].isdigit()):
+            raise SdpoError(f"--unit {unit!r} is not arm/seed/step, such as sdpo/0/2.")
+        key = (parts[0], int(parts[1]), int(parts[2]))
+        if key not in there:
+            known = ", ".join(sorted("/".join(map(str, one)) for one in there)[:8])
+            raise SdpoError(f"--unit {unit!r} is not part of this run. There are, for example: {known}. See --plan.")
+        asked.add(key)
+    return asked
+
+
+def _run_unit(own: Chain, step: int, given: Inputs) -> None:
+    """Train one step, share it with an arm that has it already, or find it finished."""
+    unit, arm = f"{own.name}/step_{step}", own.variant.arm
+    config = own.config[step - 1]
+    start, reference = (
+        {"previous": own.model(step - 1), "base": own.base}[which] for which in (arm.start, arm.reference)
+    )
+    if arm.adaptive and step > 1 and own.row(step) is None:
+        own.order = _adapted(own, step, given)
+    order = own.order.filter(pl.col("step") == step).sort("rank")
+    work = StepWork(
+        arm=own.variant.label,
+        seed=own.seed,
+        step=step,
+        pairs=order.select("pair_id").join(given.pairs, on="pair_id", maintain_order="left"),
+        start=start[0],
+        start_key=start[1],
+        reference=reference[0],
+        reference_key=reference[1],
+        scores=given.scores,
+        out=own.run.path / unit,
+        base=own.base[0],
+        held_out=given.held_out,
+        partition=own.order,
+        definition=own.order["definition"][0],
+        updates_before=sum(own.updates(earlier) for earlier in range(1, step)),
+        updates_in_all=sum(own.updates(one) for one in own.steps),
+        moments=Path(start[0]) if config.optimizer == "carry" and step > 1 and arm.start == "previous" else None,
+        store=given.store,
+        token_budget=given.token_budget,
+    )
+    numbers = recipe(config) | {"start": start[1], "reference": reference[1], "order": _hash(order["pair_id"])}
+    numbers["work"] = work.key(config)
+    with workers.main_stage(own.run, unit, numbers, ["pairs", "partition"], force=given.force) as stage:
+        if stage.current:
+            return
+        if workers.is_main():
+            settings = own.variant.config.model_dump(mode="json", exclude={"tune", *own.variant.config.tune})
+            merge_config(own.run, {"model": own.base[0], "train": settings})
+            write_atomically(own.folder / "partition.parquet", own.order.write_parquet)
+        twin = None if given.force else _twin(own.run, unit, numbers["work"], config)
+        if twin is not None:
+            row = _share(own.run, twin, work) if workers.is_main() else {}
+        else:
+            log.info("%s seed %d step %d: %d pairs from %s", work.arm, own.seed, step, work.pairs.height, start[0])
+            row = (given.train_step or _dpo_step())(work, config)
+        if workers.is_main():
+            _add_row(own.folder / "steps.parquet", row)
+            shutil.rmtree(work.out.with_name(f"{work.out.name}.unfinished"), ignore_errors=True)
+            stage.outputs += [unit, f"{own.name}/steps.parquet"]
+            if config.keep == "last" and step > 1:
+                _prune(own.folder / f"step_{step - 1}")
+
+
+def _adapted(own: Chain, step: int, given: Inputs) -> pl.DataFrame:
+    """PARTITION with what is left after the steps before ranked anew under the last model: the easiest go next."""
+    definition = difficulty_named(own.order["definition"][0])
+    if not definition.single_pairs:
+        raise SdpoError(
+            f"Arm adaptive ranks single pairs anew after each step, but partition.difficulty is {definition.name!r}, a "
+            "share over many. Set partition.difficulty to margin_per_token, or leave the arm out."
+        )
+    model, _ = own.model(step - 1)
+    done, left = own.order.filter(pl.col("step") < step), own.order.filter(pl.col("step") >= step)
+    pairs = left.select("pair_id").join(given.pairs, on="pair_id", maintain_order="left")
+    scores = (given.rescore or _dpo_rescore())(pairs, model, given, own.config[step - 1])
+    now = scores.select("pair_id", difficulty=definition.measure(scores))
+    sizes = left.group_by("step").len().sort("step")["len"].to_list()
+    steps = pl.Series("step", [step + place for place, size in enumerate(sizes) for _ in range(size)], pl.Int64)
+    ranked = left.drop("difficulty", "step").join(now, on="pair_id").sort("difficulty", "pair_id").with_columns(steps)
+    again = orders.order_within(pl.concat([done, ranked.select(list(PARTITION))]), "shuffle", seed=own.seed)
+    return pl.concat([done, again.filter(pl.col("step") >= step)]).with_columns(
+        rank=pl.int_range(pl.len(), dtype=pl.Int64)
+    )
+
+
+def _twin(run: Run, unit: str, work_key: str, config: StepConfig) -> str | None:
+    """Find a finished step of another arm that computed the very same thing, and still has its weights."""
+    for other, made in run.lineage.items():
+        folder = run.path / other
+        needs = ["*.safetensors", *(["optimizer/*.safetensors"] if config.optimizer == "carry" else [])]
+        if (
+            other != unit
+            and made["recipe"].get("work") == work_key
+            and all(any(folder.glob(pattern)) for pattern in needs)
+        ):
+            return other
+    return None
+
+
+def _share(run: Run, twin: str, work: StepWork) -> dict[str, Any]:
+    """Give a step the files of its twin, by hard links where the disk has them, under its own name."""
+    log.info("%s seed %d step %d is the same as %s: shared", work.arm, work.seed, work.step, twin)
+    named = [pl.lit(work.arm).alias("arm"), pl.lit(work.step, pl.Int64).alias("step")]
+
+    def write(folder: Path) -> None:
+        shutil.copytree(run.path / twin, folder, copy_function=_link)
+        metrics = pl.read_parquet(folder / "metrics.parquet").with_columns(named).select(list(METRICS))
+        (folder / "metrics.parquet").unlink()  # a link: the twin keeps its own
+        metrics.write_parquet(folder / "metrics.parquet")
+
+    write_atomically(work.out, write)
+    parent, step = twin.rsplit("/step_", 1)
+    row = pl.read_parquet(run.path / parent / "steps.parquet").filter(pl.col("step") == int(step)).row(0, named=True)
+    return row | {"arm": work.arm, "step": work.step, "model": str(work.out), "shared_from": twin}
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _prune(folder: Path) -> None:
+    """Remove the weights of a step that nothing needs any more; its tables stay."""
+    for path in (*folder.glob("**/*.safetensors"), *folder.glob("*.safetensors.index.json")):
+        path.unlink()
+
+
+def _publish(own: Chain, config: TrainConfig, *, alone: bool) -> None:
+    """Write, and upload where asked, the last model of a chain."""
+    from sdpo_train.publish import publish
+
+    if config.push_to_hub and not alone:
+        raise SdpoError(
+            f"train.push_to_hub {config.push_to_hub!r} names one repository, but several arms or seeds were trained. "
+            "Name a single arm and seed with --arms and --seeds; what is trained is kept."
+        )
+    model, key = own.model(own.steps[-1])
+    unit, numbers = f"{own.name}/published", {"model": key, "export_dtype": config.export_dtype}
+    with workers.main_stage(own.run, unit, numbers) as stage:
+        if not stage.current and workers.is_main():
+            publish(Path(model), own.run.path / unit, config.export_dtype or "float32", config.push_to_hub)
+            stage.outputs.append(unit)
 
 
 def _dpo_step() -> TrainStep:
@@ -177,10 +341,20 @@ def _dpo_step() -> TrainStep:
     return train_step
 
 
+def _dpo_rescore() -> Rescore:
+    from sdpo_train.dpo import rescore
+
+    return rescore
+
+
 def _add_row(path: Path, row: dict[str, Any]) -> None:
     """Add a finished step to STEPS; it, and what came after it before, give way."""
     old = pl.read_parquet(path).filter(pl.col("step") < row["step"]) if path.exists() else STEPS.to_frame()
     write_atomically(path, pl.concat([old, pl.DataFrame([row], STEPS)]).write_parquet)
+
+
+def _hash(ids: pl.Series) -> str:
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:32]
 
 
 def _save_inputs(run: Run, tables: dict[str, tuple[pl.DataFrame | None, pl.Schema]]) -> None:
@@ -190,7 +364,8 @@ def _save_inputs(run: Run, tables: dict[str, tuple[pl.DataFrame | None, pl.Schem
         if frame is None:
             continue
         frame = frame.select(list(schema))
+        key = [column for column in ("pair_id", "step") if column in schema]
         if not path.exists():
             write_atomically(path, frame.write_parquet)
-        elif not pl.read_parquet(path).select(list(schema)).sort("pair_id").equals(frame.sort("pair_id")):
+        elif not pl.read_parquet(path).select(list(schema)).sort(key).equals(frame.sort(key)):
             raise SdpoError(f"{path} already holds other {name}. Choose another run folder.")

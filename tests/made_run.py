@@ -113,7 +113,7 @@ def make_arm(draw: random.Random, path: Path, arm: str, scores: pl.DataFrame, pa
         key, margin = KEYS[arm, step], (reference["chosen_logp"] - reference["rejected_logp"]).mean()
         losses = values["loss"][0], values["loss"][-1]
         cost = reference.height, 300 * reference.height, 8, 214.5
-        rows.append((arm, 0, step, start, start, key, f"{folder}/step_{step}", *cost, *losses, 2.1e-5, margin))
+        rows.append((arm, 0, step, start, start, key, f"{folder}/step_{step}", *cost, *losses, 2.1e-5, margin, None))
         start = key
     write(folder / "steps.parquet", pl.DataFrame(rows, STEPS, orient="row"), STEPS)
 

@@ -18,7 +18,7 @@ FORBIDDEN = {
     "sdpo_train": {"sdpo_eval", "lm_eval", "altair"},
     "sdpo_eval": {"sdpo_train", "trl", "peft"},
 }
-ONLY_DOOR = {"trl": "sdpo_train/dpo.py", "peft": "sdpo_train/dpo.py", "lm_eval": "sdpo_eval/harness.py"}
+ONLY_DOOR = {"trl": "sdpo_train/trainer.py", "peft": "sdpo_train/trainer.py", "lm_eval": "sdpo_eval/harness.py"}
 HEAVY = ("torch", "transformers", "datasets", "trl", "peft", "lm_eval", "accelerate")
 WITHOUT_HEAVY = (
     *("sdpo_data.tables", "sdpo_data.config", "sdpo_data.run", "sdpo_data.console", "sdpo_data.assets"),

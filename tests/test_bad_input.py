@@ -119,8 +119,8 @@ def test_an_unknown_setting(refused, run, module, section, setting, close):
         (DECONTAMINATE, ["--coverage", "nan"], "--coverage is nan: Input should be a finite number."),
         (DECONTAMINATE, ["--rules", "9-gram"], "invalid choice '9-gram' for argument '--rules'"),
         (SCORE, ["--dtype", "int8"], "invalid choice 'int8' for argument '--dtype'"),
-        (TRAIN, ["--learning-rate", "0"], "--learning-rate is 0.0: Input should be greater than 0."),
-        (TRAIN, ["--batch-pairs", "3"], "batch_pairs 3 is not a multiple of device_pairs 2."),
+        (TRAIN, ["--learning-rate", "0"], "--learning-rate is 0.0: 0.0 is not above 0."),
+        (TRAIN, ["--token-budget", "0"], "--token-budget is 0: Input should be greater than or equal to 1."),
         (EVAL, ["--limit", "0"], "--limit is 0: Input should be greater than or equal to 1."),
     ],
 )
@@ -144,7 +144,9 @@ def test_an_unknown_difficulty(refused, run):
 
 
 def test_an_unknown_arm(refused, run):
-    assert "train.arms has 'spdo', which is not an arm. There are: sdpo, dpo" in refused(TRAIN, run, "--arms", "spdo")
+    assert "train.arms has 'spdo', which is not an arm. There are: sdpo, sdpo_fixed" in refused(
+        TRAIN, run, "--arms", "spdo"
+    )
 
 
 # --- data

@@ -115,7 +115,8 @@ def steps_of(models, *names, arm="sdpo", start=None):
     rows = [
         {"arm": arm, "seed": 0, "step": step, "start_key": start or model_key(models / "base"), "reference_key": "",
          "model_key": model_key(models / name), "model": str(models / name), "pairs": 1, "tokens": 1, "updates": 1,
-         "seconds": 1.0, "first_loss": 0.7, "last_loss": 0.6, "max_start_gap": 0.0, "margin_ref_mean": 0.0}
+         "seconds": 1.0, "first_loss": 0.7, "last_loss": 0.6, "max_start_gap": 0.0, "margin_ref_mean": 0.0,
+         "shared_from": None}
         for step, name in enumerate(names, 1)
     ]  # fmt: skip
     return pl.DataFrame(rows, STEPS)

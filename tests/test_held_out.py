@@ -84,7 +84,7 @@ def run(tmp_path, tiny_model, pairs) -> Path:
     keys = model_key(tiny_model), model_key(moved)
     folders = enumerate(zip(keys, (tiny_model, moved), strict=True), 1)
     rows = [
-        ("sdpo", 0, step, "k", "k", key, str(folder), 8, 90, 1, 1.0, 0.7, 0.6, 0.0, 0.0)
+        ("sdpo", 0, step, "k", "k", key, str(folder), 8, 90, 1, 1.0, 0.7, 0.6, 0.0, 0.0, None)
         for step, (key, folder) in folders
     ]
     write(run / "arms/sdpo/seed_0/steps.parquet", pl.DataFrame(rows, STEPS, orient="row"), STEPS)

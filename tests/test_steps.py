@@ -6,9 +6,10 @@ import pytest
 from sdpo_data import PartitionConfig, open_run, partition_pairs, score_pairs
 from sdpo_data.models import load_model, model_key, save_model
 from sdpo_data.run import Run
-from sdpo_data.tables import PARTITION, STEPS, SdpoError, check
-from sdpo_train.arms import ARMS, arm_partition
-from sdpo_train.steps import TrainConfig, run_sdpo
+from sdpo_data.tables import METRICS, PARTITION, STEPS, SdpoError, check
+from sdpo_train.arms import ARMS, CORE, arm_partition, arm_sizes, compare_arms, variants
+from sdpo_train.config import TrainConfig
+from sdpo_train.steps import run_sdpo
 
 
 @pytest.fixture
@@ -30,10 +31,13 @@ class FakeStep:
         model, tokenizer = load_model(work.start)
         model.model.norm.weight.data[0] += work.step + 10 * work.seed
         save_model(model, tokenizer, work.out)
+        pl.DataFrame([(work.arm, work.seed, work.step, 1, "loss", 0.5)], METRICS, orient="row").write_parquet(
+            work.out / "metrics.parquet"
+        )
         row = dict.fromkeys(("first_loss", "last_loss", "max_start_gap", "margin_ref_mean", "seconds"), 0.5)
         row |= {"pairs": work.pairs.height, "tokens": 1, "updates": 1, "model": str(work.out)}
         row |= {name: getattr(work, name) for name in ("arm", "seed", "step", "start_key", "reference_key")}
-        return row | {"model_key": model_key(work.out)}
+        return row | {"model_key": model_key(work.out), "shared_from": None}
 
 
 def test_each_step_starts_from_and_refers_to_the_step_before(inputs, tmp_path):
@@ -117,7 +121,7 @@ def test_the_run_folder_keeps_the_inputs_and_refuses_others(inputs, tmp_path):
 
 
 def test_an_unknown_arm_names_those_there_are(inputs, tmp_path):
-    with pytest.raises(SdpoError, match=r"'sdop', which is not an arm. There are: sdpo, dpo"):
+    with pytest.raises(SdpoError, match=r"'sdop', which is not an arm. There are: sdpo, sdpo_fixed"):
         run_sdpo(*inputs, tmp_path, config=TrainConfig(arms=["sdop"]))
 
 
@@ -127,11 +131,200 @@ def test_a_partition_of_other_pairs_is_refused(inputs, tmp_path):
         run_sdpo(pairs.filter(pl.col("pair_id") != partition["pair_id"][0]), partition, base, tmp_path)
 
 
+def test_what_another_arm_has_done_already_is_shared(inputs, tmp_path):
+    """Step 1 of sdpo and sdpo_fixed: the same pairs in order, from S towards S. Step 2 refers to others."""
+    pairs, partition, base = inputs
+    fake = FakeStep()
+    steps = run_sdpo(pairs, partition, base, tmp_path, config=TrainConfig(arms=["sdpo", "sdpo_fixed"]), train_step=fake)
+    assert [(work.arm, work.step) for work in fake.seen] == [
+        ("sdpo", 1), ("sdpo", 2), ("sdpo", 3), ("sdpo_fixed", 2), ("sdpo_fixed", 3)
+    ]  # fmt: skip
+    first = steps.filter(step=1)
+    assert first["shared_from"].to_list() == [None, "arms/sdpo/seed_0/step_1"]
+    assert first["model_key"].n_unique() == 1
+    assert first["model"].n_unique() == 2
+    assert model_key(first["model"][1]) == first["model_key"][1]
+    metrics = pl.read_parquet(tmp_path / "arms/sdpo_fixed/seed_0/step_1/metrics.parquet")
+    assert metrics["arm"].unique().to_list() == ["sdpo_fixed"]
+    assert pl.read_parquet(tmp_path / "arms/sdpo/seed_0/step_1/metrics.parquet")["arm"].unique().to_list() == ["sdpo"]
+
+
+def test_a_unit_can_be_run_by_itself_and_needs_those_before_it(inputs, tmp_path):
+    pairs, partition, base = inputs
+    fake = FakeStep()
+    with pytest.raises(SdpoError, match=r"step_2 starts from step 1, which is not finished.*--unit sdpo/0/1"):
+        run_sdpo(pairs, partition, base, tmp_path, units=["sdpo/0/2"], train_step=fake)
+    for step in (1, 2):
+        rows = run_sdpo(pairs, partition, base, tmp_path, units=[f"sdpo/0/{step}"], train_step=fake)
+        assert rows["step"].to_list() == list(range(1, step + 1))
+    assert [work.step for work in fake.seen] == [1, 2]
+    with pytest.raises(SdpoError, match=r"--unit 'dpo/0/1' is not part of this run. There are, for example: sdpo/0/1"):
+        run_sdpo(pairs, partition, base, tmp_path, units=["dpo/0/1"], train_step=fake)
+    with pytest.raises(SdpoError, match=r"--unit 'sdpo' is not arm/seed/step"):
+        run_sdpo(pairs, partition, base, tmp_path, units=["sdpo"], train_step=fake)
+
+
+def test_settings_may_be_one_for_each_step(inputs, tmp_path):
+    pairs, partition, base = inputs
+    fake, seen = FakeStep(), []
+
+    def train_step(work, config):
+        seen.append((work.step, config.beta, config.learning_rate, config.epochs))
+        return fake(work, config)
+
+    lists = TrainConfig(beta=[0.1, 0.2, 0.3], epochs=[3, 2, 1], learning_rate=1e-6)
+    run_sdpo(pairs, partition, base, tmp_path, config=lists, train_step=train_step)
+    assert seen == [(1, 0.1, 1e-6, 3), (2, 0.2, 1e-6, 2), (3, 0.3, 1e-6, 1)]
+    with pytest.raises(SdpoError, match=r"train.beta has 2 values, but arm sdpo has 3 step"):
+        run_sdpo(pairs, partition, base, tmp_path / "b", config=TrainConfig(beta=[0.1, 0.2]), train_step=train_step)
+
+
+def test_a_grid_gives_every_arm_at_every_point(inputs, tmp_path):
+    pairs, partition, base = inputs
+    seen = []
+
+    def train_step(work, config):
+        seen.append((work.arm, config.learning_rate, config.beta))
+        return FakeStep()(work, config)
+
+    grid = TrainConfig(arms=["dpo", "dpo_beta_over_t"], tune={"learning_rate": [1e-6, 2e-6], "beta": [0.3]})
+    run_sdpo(pairs, partition, base, tmp_path, config=grid, train_step=train_step)
+    assert seen == [
+        ("dpo,learning_rate=1e-06,beta=0.3", 1e-6, 0.3),
+        ("dpo,learning_rate=2e-06,beta=0.3", 2e-6, 0.3),
+        ("dpo_beta_over_t,learning_rate=1e-06,beta=0.3", 1e-6, pytest.approx(0.1)),  # three steps: 0.3 / 3
+        ("dpo_beta_over_t,learning_rate=2e-06,beta=0.3", 2e-6, pytest.approx(0.1)),
+    ]
+
+
+def test_a_whole_run_schedule_knows_its_place(inputs, tmp_path):
+    """Eight pairs in steps of 3, 3 and 2, two at a time: 2, 2 and 1 updates."""
+    pairs, partition, base = inputs
+    fake = FakeStep()
+    config = TrainConfig(schedule="whole_run", optimizer="carry", batch_pairs=2)
+    run_sdpo(pairs, partition, base, tmp_path, config=config, train_step=fake)
+    assert [(work.updates_before, work.updates_in_all) for work in fake.seen] == [(0, 5), (2, 5), (4, 5)]
+    assert [work.moments and work.moments.name for work in fake.seen] == [None, "step_1", "step_2"]
+
+
+def test_only_the_last_weights_are_kept_where_asked(inputs, tmp_path):
+    pairs, partition, base = inputs
+    config = TrainConfig(keep="last")
+    run_sdpo(pairs, partition, base, tmp_path, config=config, train_step=FakeStep())
+    weights = [path.parent.name for path in sorted(tmp_path.rglob("model*.safetensors"))]
+    assert weights == ["step_3"]
+    assert (tmp_path / "arms/sdpo/seed_0/step_1/metrics.parquet").exists()
+    again = FakeStep()
+    run_sdpo(pairs, partition, base, tmp_path, config=config, train_step=again)
+    assert again.seen == []
+
+
+DECLARED = {  # arm -> start and reference of steps 1, 2, 3: S is 0, M_t is t
+    "sdpo": ([0, 1, 2], [0, 1, 2]),
+    "sdpo_fixed": ([0, 1, 2], [0, 0, 0]),
+    "random": ([0, 1, 2], [0, 1, 2]),
+    "random_fixed": ([0, 1, 2], [0, 0, 0]),
+    "hard_to_easy": ([0, 1, 2], [0, 1, 2]),
+    "stratified": ([0, 1, 2], [0, 1, 2]),
+    "length_only": ([0, 1, 2], [0, 1, 2]),
+    "target_from_s": ([0, 0, 0], [0, 1, 2]),
+    "cumulative": ([0, 1, 2], [0, 1, 2]),
+    "adaptive": ([0, 1, 2], [0, 1, 2]),
+    "selective": ([0, 1, 2], [0, 1, 2]),
+    "dpo": ([0], [0]),
+    "dpo_sorted": ([0], [0]),
+    "dpo_beta_over_t": ([0], [0]),
+}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_starts_from_and_refers_to_what_it_declares(inputs, tmp_path, arm):
+    pairs, partition, base = inputs
+    fake = FakeStep()
+    scores = score_pairs(pairs, base)
+    steps = run_sdpo(pairs, partition, base, tmp_path, scores=scores, config=TrainConfig(arms=[arm]), train_step=fake)
+    keys = [model_key(base), *steps["model_key"]]
+    starts, references = DECLARED[arm]
+    assert [keys.index(work.start_key) for work in fake.seen] == starts
+    assert [keys.index(work.reference_key) for work in fake.seen] == references
+    assert [work.pairs.height for work in fake.seen] == arm_sizes(ARMS[arm], partition)
+
+
+def test_the_adaptive_arm_takes_what_is_easiest_under_the_newest_model(inputs, tmp_path):
+    """Its step 2 must be the easiest of what step 1 left, by the scores of M_1, not of S."""
+    pairs, partition, base = inputs
+    fake, order = FakeStep(), {}
+
+    def moved_most(pairs, model, kept, config):  # a model that finds the alphabet hard, backwards from step to step
+        del kept, config
+        rank = pairs["pair_id"].rank("ordinal", descending=model.endswith("step_2")).cast(pl.Float64)
+        scores = score_pairs(pairs, base).with_columns(chosen_tokens=pl.lit(1), rejected_tokens=pl.lit(1))
+        order[model] = pairs["pair_id"].gather(rank.arg_sort())
+        return scores.with_columns(chosen_logp=-rank, rejected_logp=pl.lit(-20.0))
+
+    run_sdpo(
+        pairs, partition, base, tmp_path, config=TrainConfig(arms=["adaptive"]), train_step=fake, rescore=moved_most
+    )
+    seen = [set(work.pairs["pair_id"]) for work in fake.seen]
+    assert seen[0] == set(partition.filter(step=1)["pair_id"])
+    left = sorted(set(pairs["pair_id"]) - seen[0])
+    assert seen[1] == set(left[:3])
+    assert seen[2] == set(left[3:])
+    kept = pl.read_parquet(tmp_path / "arms/adaptive/seed_0/partition.parquet")
+    assert {key: set(part["pair_id"]) for (key,), part in kept.group_by("step")} == dict(enumerate(seen, 1))
+    again = FakeStep()
+    run_sdpo(pairs, partition, base, tmp_path, config=TrainConfig(arms=["adaptive"]), train_step=again)
+    assert again.seen == []
+
+
 @pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.parametrize("seed", [0, 7])
-def test_every_arm_trains_on_every_pair_once(inputs, arm, seed):
-    _, partition, _ = inputs
-    got = check(arm_partition(ARMS[arm], partition, seed), PARTITION, "partition")
-    assert sorted(got["pair_id"]) == sorted(partition["pair_id"])
+def test_every_arm_trains_on_every_pair_once_but_where_it_says_otherwise(inputs, arm, seed):
+    pairs, partition, base = inputs
+    got = check(arm_partition(ARMS[arm], partition, seed, score_pairs(pairs, base)), PARTITION, "partition")
     assert got["rank"].to_list() == list(range(got.height))
     assert got["step"].is_sorted()
+    if arm == "cumulative":  # 3 pairs, then those and 3 more, then all 8
+        assert got.group_by("step").len().sort("step")["len"].to_list() == [3, 6, 8]
+    elif arm == "selective":  # the easiest half, in three steps
+        assert got.height == 4
+        assert set(got["pair_id"]) == set(partition.sort("difficulty")["pair_id"].head(4))
+    else:
+        assert sorted(got["pair_id"]) == sorted(partition["pair_id"])
+
+
+def test_arms_are_compared_by_their_declarations(inputs):
+    _, partition, _ = inputs
+    found = variants(TrainConfig(arms=["sdpo", "random_fixed", "dpo", "cumulative"], batch_pairs=2))
+    table = compare_arms(found, partition)
+    assert table.select("arm", "steps", "pairs", "updates").rows() == [
+        ("sdpo", 3, 8, 5), ("random_fixed", 3, 8, 5), ("dpo", 1, 8, 4), ("cumulative", 3, 17, 9),
+    ]  # fmt: skip
+    assert table["against sdpo"].to_list() == [
+        "the same",
+        "order easy_to_hard -> random; reference previous -> base",
+        "order easy_to_hard -> random; steps 3 -> 1; updates 5 -> 4",
+        "cumulative False -> True; pairs 8 -> 17; updates 5 -> 9",
+    ]
+
+
+def test_groups_of_arms_have_names():
+    assert [one.label for one in variants(TrainConfig(arms=["core", "dpo"]))] == [*CORE, "dpo"]
+    assert [one.label for one in variants(TrainConfig(arms=["all"]))] == list(ARMS)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"beta": []}, "an empty list"),
+        ({"beta": [0.1, -0.1]}, r"-0\.1 is not above 0"),
+        ({"warmup": 1.0}, r"1\.0 is not a share"),
+        ({"optimizer": "carry", "lora_rank": 4}, "needs lora_rank 0"),
+        ({"keep_adapters": True}, "needs a lora_rank"),
+        ({"lora_alpha": 4}, "needs a lora_rank"),
+        ({"loss": ["sigmoidal"]}, "sigmoid"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, said):
+    with pytest.raises(ValueError, match=said):
+        TrainConfig(**settings)

@@ -55,7 +55,7 @@ SCORES = pl.Schema(
     }
 )
 PARTITION = pl.Schema(
-    {  # one row per pair: the sDPO step that trains on it
+    {  # one row per pair and sDPO step that trains on it: one step each, unless steps are cumulative
         "pair_id": pl.String,
         "source": pl.String,
         "step": pl.Int64,  # 1 = easiest
@@ -172,7 +172,7 @@ def check(frame: pl.DataFrame, schema: pl.Schema, name: str) -> pl.DataFrame:
 
     Raises:
         SdpoError: a column is missing, has another type, or holds nulls where it may not;
-            or pair_id, where it is the key, repeats.
+            or the key repeats: pair_id of PAIRS and SCORES, (pair_id, step) of PARTITION.
     """
     missing = [column for column in schema if column not in frame.columns]
     if missing:
@@ -188,10 +188,13 @@ def check(frame: pl.DataFrame, schema: pl.Schema, name: str) -> pl.DataFrame:
                 f"{name}.{column} has {nulls} null value(s), first at row {first}. "
                 "Drop those rows or fill them before going on."
             )
-    if schema in (PAIRS, SCORES, PARTITION) and frame["pair_id"].is_duplicated().any():
-        repeated = frame.filter(pl.col("pair_id").is_duplicated())["pair_id"]
-        raise SdpoError(
-            f"{name} has {repeated.n_unique()} repeated pair_id(s), e.g. {repeated[0]!r}. "
-            "Was the frame concatenated twice?"
-        )
+    key = ["pair_id", "step"] if schema == PARTITION else ["pair_id"]
+    if schema in (PAIRS, SCORES, PARTITION) and frame["pair_id"].is_duplicated().any():  # one column: the fast case
+        repeated = frame.filter(pl.struct(key).is_duplicated())
+        if repeated.height:
+            where = f" in step {repeated['step'][0]}" if schema == PARTITION else ""
+            raise SdpoError(
+                f"{name} has {repeated['pair_id'].n_unique()} repeated pair_id(s), e.g. "
+                f"{repeated['pair_id'][0]!r}{where}. Was the frame concatenated twice?"
+            )
     return frame

@@ -41,6 +41,11 @@ class Difficulty:
         return {"pair_id"} if self.file else set(self.expression.meta.root_names())
 
     @property
+    def row_by_row(self) -> bool:
+        """Whether a pair's value depends on its own row alone; of the user's own SQL that is not known."""
+        return self.file is not None or self.name in DIFFICULTIES
+
+    @property
     def fingerprint(self) -> str | None:
         """The content hash of its file; None without one."""
         return sha256(self.file) if self.file else None

@@ -191,7 +191,7 @@ def divide_pairs(scores: pl.DataFrame, config: PartitionConfig, *, pairs: pl.Dat
         lost += [_as_dropped(rows, f"held out of step {step}") for (step,), rows in held.group_by("step")]
     sizes = placed.group_by("step").agg(pairs=pl.len())
     refuse_small(sizes, config, units["difficulty"])
-    partition = orders.order_within(placed.select(list(PARTITION)), config.within, seed=config.seed, scores=scores)
+    partition = orders.ordered_within(placed.select(list(PARTITION)), config.within, config.seed, scores)
     dropped = pl.concat([DROPPED.to_frame(), *lost])
     assert partition.height + dropped.height == total
     if config.cumulative:
@@ -288,12 +288,13 @@ def _unit_column(config: PartitionConfig, pairs: pl.DataFrame | None) -> str:
 
 
 def _measured(scores: pl.DataFrame, config: PartitionConfig, pairs: pl.DataFrame | None) -> pl.DataFrame:
-    """Give every pair its unit and its measures, sorted by pair_id: an expression may look at neighbouring rows."""
-    bad = scores.filter(~(LOGP_MARGIN.is_finite() & (pl.min_horizontal("chosen_tokens", "rejected_tokens") > 0)))
-    if bad.height:
+    """Give every pair its unit and its measures."""
+    good = LOGP_MARGIN.is_finite() & (pl.min_horizontal("chosen_tokens", "rejected_tokens") > 0)
+    if not scores.select(good.all()).item():
+        bad = scores.filter(~good)["pair_id"]
         raise SdpoError(
-            f"{bad.height} of {scores.height} pairs have a non-finite log-probability or an answer of 0 tokens, e.g. "
-            f"pair_id {bad['pair_id'][0]!r}. Score again in float32, or drop them."
+            f"{bad.len()} of {scores.height} pairs have a non-finite log-probability or an answer of 0 tokens, e.g. "
+            f"pair_id {bad[0]!r}. Score again in float32, or drop them."
         )
     difficulties, column = _difficulties(config), _unit_column(config, pairs)
     measures: dict[str, pl.Expr] = {}
@@ -310,7 +311,9 @@ def _measured(scores: pl.DataFrame, config: PartitionConfig, pairs: pl.DataFrame
         needed |= {"against_key", "model_key"}
     if column in SCORES:
         needed.add(column)
-    rows = scores.select(sorted(needed)).sort("pair_id")  # of ten million rows, only what is looked at
+    rows = scores.select(sorted(needed))  # of ten million rows, only what is looked at
+    if config.by != "pair" or not all(d.row_by_row for d in difficulties):
+        rows = rows.sort("pair_id")  # for sums to the last bit, and expressions that look at neighbouring rows
     if column not in SCORES:
         assert pairs is not None
         rows = rows.join(pairs.select("pair_id", column), on="pair_id", how="left", maintain_order="left")
@@ -327,14 +330,13 @@ def _measured(scores: pl.DataFrame, config: PartitionConfig, pairs: pl.DataFrame
 
 def _units(measured: pl.DataFrame, config: PartitionConfig) -> pl.DataFrame:
     """Average the measures over each unit, count its pairs and tokens; easiest first, ties by the unit."""
-    if config.by == "pair":  # already sorted by it
+    if config.by == "pair":
         units = measured.drop("pair_id", "prompt_id", "per_token", strict=False).with_columns(pairs=pl.lit(1))
     else:
         means = [name for name in measured.columns if name in ("difficulty", "length") or name.startswith("cluster_")]
         tokens = [pl.col("tokens").sum()] if "tokens" in measured.columns else []
-        grouped = measured.group_by("unit").agg(pl.col("source").min(), pl.col(means).mean(), *tokens, pairs=pl.len())
-        units = grouped.sort("unit")
-    return units.sort("difficulty", maintain_order=True)
+        units = measured.group_by("unit").agg(pl.col("source").min(), pl.col(means).mean(), *tokens, pairs=pl.len())
+    return orders.sort_by_difficulty(units, "unit")
 
 
 def _stepped(units: pl.DataFrame, config: PartitionConfig) -> pl.DataFrame:

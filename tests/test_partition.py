@@ -59,9 +59,9 @@ def test_one_part_holds_everything(scores):
 
 
 def test_the_default_order_inside_a_step_is_a_shuffle_drawn_by_the_seed(scores):
-    # pairs sorted by id get the places of numpy's permutation; easiest-first would be a d b | c e
+    # pairs sorted by difficulty get the places of numpy's permutation; easiest-first would be a d b | c e
     for seed in (0, 1):
-        places = dict(zip("abcde", np.random.default_rng(seed).permutation(5), strict=True))
+        places = dict(zip("adbce", np.random.default_rng(seed).permutation(5), strict=True))
         expected = sorted("adb", key=places.get) + sorted("ce", key=places.get)
         assert partition_pairs(scores, PartitionConfig(seed=seed))["pair_id"].to_list() == expected
     orders = {tuple(partition_pairs(scores, PartitionConfig(seed=seed))["pair_id"]) for seed in range(9)}

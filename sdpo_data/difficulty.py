@@ -235,7 +235,7 @@ def risk() -> pl.Expr:
 
 
 def difficulty_named(name: str) -> Difficulty:
-    """Look a definition up: its name, FILE.parquet:COLUMN (or .csv), or SQL over the columns of SCORES.
+    """Look a definition up: its name, FILE.parquet:COLUMN (or .csv), a column of SCORES, or SQL over them.
 
     Raises:
         SdpoError: there is none of that name, or no such file; the expression cannot be read, names
@@ -250,7 +250,7 @@ def difficulty_named(name: str) -> Difficulty:
         return Difficulty(name, pl.col(external["column"]), f"units of {file.name}", "the user's own file", file=file)
     close = difflib.get_close_matches(name, DIFFICULTIES, n=1)
     meant = f"Did you mean {close[0]!r}? " if close else ""
-    if name.isidentifier():
+    if name.isidentifier() and name not in SCORES:
         raise SdpoError(
             f"partition.difficulty {name!r} is not defined. {meant}There are: {', '.join(DIFFICULTIES)}; "
             f"or an expression over SCORES, e.g. {EXAMPLE}."

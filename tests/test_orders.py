@@ -146,7 +146,7 @@ def partitions(draw) -> pl.DataFrame:
 ORDERS = ("easy_to_hard", "hard_to_easy", "random", "stratified")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(partitions(), st.sampled_from(ORDERS), st.integers(0, 3), st.data())
 def test_every_order_keeps_pairs_and_sizes_and_knows_no_row_order(frame, order, seed, data):
     got = check(rearrange(frame, order, seed=seed), PARTITION, "partition")
@@ -179,7 +179,7 @@ def test_stratified_steps_have_the_mix_of_the_whole(frame, seed):
                 assert abs(count - end * size / n) < 2 + 2 * len(sizes) * size / n
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(partitions(), st.floats(0, 0.6), st.data())
 def test_what_drops_takes_the_hardest_and_keeps_the_proportions(frame, share, data):
     frame = rearrange(frame, "easy_to_hard")

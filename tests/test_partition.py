@@ -283,6 +283,43 @@ def test_what_no_scores_can_mend_is_refused_before_scoring(command, name, said):
     assert asked == []
 
 
+def test_the_command_explains_every_pair_that_is_missing(command, scores, caplog):
+    run, _, folder = command
+    run("--drop-hardest", "0.2", "--hold-out", "0.34")
+    dropped, held = pl.read_parquet(folder / "dropped.parquet"), pl.read_parquet(folder / "held_out_parts.parquet")
+    made = pl.read_parquet(folder / "partition.parquet")
+    assert sorted([*made["pair_id"], *dropped.filter(stage="partition")["pair_id"]]) == list("abcde")
+    assert held.height == 0  # of two prompts in each step a third is none
+    run("--force", "--drop-hardest", "0", "--hold-out", "0.5")  # step 1 a d b, step 2 c e: one of each
+    dropped, held = pl.read_parquet(folder / "dropped.parquet"), pl.read_parquet(folder / "held_out_parts.parquet")
+    assert dropped["reason"].sort().to_list() == ["held out of step 1", "held out of step 2"]
+    assert sorted(held["pair_id"]) == sorted(dropped["pair_id"])
+    run("--force", "--hold-out", "0")
+    assert not (folder / "held_out_parts.parquet").exists()
+    assert pl.read_parquet(folder / "dropped.parquet").is_empty()
+
+
+def test_another_content_of_a_file_is_another_partition(command, pairs, tmp_path):
+    run, _, folder = command
+    own = tmp_path / "own.csv"
+    own.write_text(
+        "pair_id,mine\n" + "".join(f"{pair},{place}\n" for place, pair in enumerate([*"abcde", *pairs["pair_id"]]))
+    )
+    run("--difficulty", f"{own}:mine")
+    run("--difficulty", f"{own}:mine")
+    assert pl.read_parquet(folder / "partition.parquet").filter(step=1)["pair_id"].sort().to_list() == list("abc")
+    own.write_text(own.read_text().replace("a,0", "a,9"))
+    with pytest.raises(SdpoError, match=r"partition was made with .*own\.csv:mine = "):
+        run("--difficulty", f"{own}:mine")
+
+
+def test_a_unit_that_is_none_is_refused_before_scoring(command):
+    run, asked, _ = command
+    with pytest.raises(SdpoError, match=r"partition\.by 'topic' is no unit\. There are: pair, prompt, pair_id, "):
+        run("--by", "topic")
+    assert asked == []
+
+
 def test_the_command_shows_the_edges_where_there_is_a_noise_table(command, scores, capsys):
     # chosen -0.5 nats for all: per token 1/8, 1/8, 1/4, 1/24, 1/2; sorted, place 0.95 * 4 = 3.8: 1/4 + 0.8 / 4 = 0.45;
     # the default's one edge lies between b 0 and c 1: 0.5 away from both, so no pair is near; twice as noisy, both are

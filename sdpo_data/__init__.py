@@ -16,6 +16,8 @@ _HOME = {
     "SdpoError": "tables",
     "check_pairs": "doctor",
     "decontaminate_pairs": "decontaminate",
+    "describe_partition": "cards",
+    "divide_pairs": "partition",
     "find_contamination": "matching",
     "fix_pairs": "repair",
     "load_model": "models",

@@ -1,19 +1,23 @@
 """What makes a pair hard for a model: named definitions over SCORES. Higher is harder, always.
 
 A definition is an expression; for a unit larger than a pair its mean is taken. Beside the named
-ones, any SQL expression over the columns of SCORES is a definition.
+ones, any SQL expression over the columns of SCORES is a definition, or a column of the user's own file.
 """
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import polars as pl
 
+from sdpo_data.run import sha256
 from sdpo_data.tables import LOGP_MARGIN, MARGIN_PER_TOKEN, SCORES, SdpoError
 
 EXAMPLE = "'abs(chosen_logp - rejected_logp) / prompt_tokens'"
+EXTERNAL = re.compile(r"(?P<file>.+\.(parquet|csv)):(?P<column>[^:]+)")
 
 
 @dataclass(frozen=True)
@@ -28,10 +32,23 @@ class Difficulty:
     single_pairs: bool = True
     """Whether it can rank single pairs."""
 
+    file: Path | None = None
+    """Where its values are read from, joined by pair_id; `expression` is then their column there."""
+
     @property
     def columns(self) -> set[str]:
         """The columns of SCORES that it reads."""
-        return set(self.expression.meta.root_names())
+        return {"pair_id"} if self.file else set(self.expression.meta.root_names())
+
+    @property
+    def row_by_row(self) -> bool:
+        """Whether a pair's value depends on its own row alone; of the user's own SQL that is not known."""
+        return self.file is not None or self.name in DIFFICULTIES
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The content hash of its file; None without one."""
+        return sha256(self.file) if self.file else None
 
     def measure(self, scores: pl.DataFrame) -> pl.Series:
         """Compute the difficulty of every pair, in the order of `scores`.
@@ -65,7 +82,8 @@ class Difficulty:
 
     def _evaluate(self, scores: pl.DataFrame) -> pl.Series:
         try:
-            values = scores.select(difficulty=self.expression).to_series()
+            rows = self._beside(scores, self.file) if self.file else scores
+            values = rows.select(difficulty=self.expression).to_series()
         except pl.exceptions.PolarsError as error:
             said = str(error).splitlines()[0]
             raise SdpoError(f"{self._place} cannot be computed ({said}). Mend the expression.") from None
@@ -81,8 +99,30 @@ class Difficulty:
             )
         return values.cast(pl.Float64)
 
+    def _beside(self, scores: pl.DataFrame, file: Path) -> pl.DataFrame:
+        """Give the file's rows, in the order of `scores`; nulls for pairs it does not have."""
+        [column] = self.expression.meta.root_names()
+        table = _read_table(file)
+        if missing := [name for name in ("pair_id", column) if name not in table.columns]:
+            raise SdpoError(
+                f"{self._place}: {file} has no column {missing[0]!r}. It has: {', '.join(table.columns)}; it needs "
+                f"pair_id and {column}."
+            )
+        own = table.select(pl.col("pair_id").cast(pl.String), column)
+        if (repeated := own.filter(pl.col("pair_id").is_duplicated())).height:
+            raise SdpoError(
+                f"{self._place}: {file} repeats pair_id {repeated['pair_id'][0]!r}. Give each pair one row there."
+            )
+        return scores.select("pair_id").join(own, on="pair_id", how="left", maintain_order="left")
+
     def _why_not(self, bad: pl.DataFrame, of: int, what: str, value: float | None) -> str:
         """Say which pairs have no difficulty, and what they lack: a second model, ratings, or sense."""
+        if self.file:
+            shown = "no number" if value is None else f"{value}"
+            return (
+                f"{self._place} has {shown} for {bad.height:,} of {of:,} pairs, e.g. pair_id {bad['pair_id'][0]!r}. "
+                f"Add them to {self.file}, or leave those pairs out."
+            )
         empty = {column for column in self.columns if bad[column].null_count() and value is None}
         if any(column.startswith("against_") for column in empty):
             return (
@@ -195,17 +235,22 @@ def risk() -> pl.Expr:
 
 
 def difficulty_named(name: str) -> Difficulty:
-    """Look a definition up; what is not a bare word is read as SQL over the columns of SCORES.
+    """Look a definition up: its name, FILE.parquet:COLUMN (or .csv), a column of SCORES, or SQL over them.
 
     Raises:
-        SdpoError: there is none of that name; the expression cannot be read, names a column that
-            is not there, or gives no number per pair.
+        SdpoError: there is none of that name, or no such file; the expression cannot be read, names
+            a column that is not there, or gives no number per pair.
     """
     if name in DIFFICULTIES:
         return DIFFICULTIES[name]
+    if external := EXTERNAL.fullmatch(name):
+        file = Path(external["file"])
+        if not file.is_file():
+            raise SdpoError(f"partition.difficulty {name!r}: there is no file {file}. Write FILE.parquet:COLUMN.")
+        return Difficulty(name, pl.col(external["column"]), f"units of {file.name}", "the user's own file", file=file)
     close = difflib.get_close_matches(name, DIFFICULTIES, n=1)
     meant = f"Did you mean {close[0]!r}? " if close else ""
-    if name.isidentifier():
+    if name.isidentifier() and name not in SCORES:
         raise SdpoError(
             f"partition.difficulty {name!r} is not defined. {meant}There are: {', '.join(DIFFICULTIES)}; "
             f"or an expression over SCORES, e.g. {EXAMPLE}."
@@ -225,6 +270,13 @@ def difficulty_named(name: str) -> Difficulty:
         )
     difficulty._evaluate(_sample_scores())  # before the hour of scoring, not after it
     return difficulty
+
+
+def _read_table(file: Path) -> pl.DataFrame:
+    try:
+        return pl.read_csv(file, infer_schema_length=None) if file.suffix == ".csv" else pl.read_parquet(file)
+    except (OSError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        raise SdpoError(f"{file} cannot be read ({str(error).splitlines()[0]}).") from None
 
 
 def _sample_scores() -> pl.DataFrame:

@@ -5,223 +5,410 @@ Makes what is missing on the way: pairs.parquet, then scores.parquet, then parti
 Examples:
     python -m sdpo_data.partition runs/a --pairs.source my_pairs.jsonl --model my-org/my-sft --parts 3
     python -m sdpo_data.partition runs/a --by source --difficulty reward_accuracy    # the paper's way
+    python -m sdpo_data.partition runs/a --cut shares --at 0.2 0.8 --drop-hardest 0.1
 """
 
 import itertools
 import logging
+import math
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import polars as pl
 import pydantic
 
-from sdpo_data import workers
+from sdpo_data import orders, workers
+from sdpo_data.cards import count_edge_pairs as count_edge_pairs
+from sdpo_data.cards import describe_edges as describe_edges
+from sdpo_data.cards import describe_partition
+from sdpo_data.cards import describe_parts as describe_parts
 from sdpo_data.config import Command, Settings, read_command
-from sdpo_data.console import command, print_table, say
-from sdpo_data.describe import length_correlation, noise_band, print_report
+from sdpo_data.console import command, say
+from sdpo_data.cuts import BY_VALUE, Cut, cut_by_rank, cut_by_value, refuse_small
+from sdpo_data.describe import length_correlation, print_report
 from sdpo_data.difficulty import Difficulty, difficulty_named
+from sdpo_data.orders import Order, Within
 from sdpo_data.pairs import PairsConfig, make_pairs
 from sdpo_data.score import ScoreConfig, make_scores
-from sdpo_data.tables import LOGP_MARGIN, PARTITION, REWARD_ACCURACY, SCORES, SdpoError, check
+from sdpo_data.tables import (
+    DROPPED,
+    LOGP_MARGIN,
+    MARGIN_PER_TOKEN,
+    PARTITION,
+    SCORES,
+    TOKEN_DIFFERENCE,
+    SdpoError,
+    check,
+)
 
 log = logging.getLogger(__name__)
+
+UNITS = {"pair": "pair_id", "prompt": "prompt_id"}
+TOKENS = 2 * pl.col("prompt_tokens") + pl.col("chosen_tokens") + pl.col("rejected_tokens")
+HELD_OUT_PARTS = "held_out_parts"  # the table of the pairs that hold_out takes
 
 
 class PartitionConfig(Settings):
     parts: int = pydantic.Field(2, ge=1)
     """Steps to cut the pairs into."""
-    by: Literal["pair", "source"] = "pair"
-    """What stays whole: single pairs are ranked, or whole sources (the paper's way)."""
+    by: str = "pair"
+    """What stays whole and is ranked by its mean difficulty: pair, prompt (all pairs of a prompt together),
+    source (the paper's way), or a column of PAIRS or SCORES."""
     difficulty: str = "margin_per_token"
-    """margin_per_token, logp_margin, reward_accuracy (by source only), implicit_reward (needs score.against),
-    rating_gap, chosen_perplexity, risk; or SQL over SCORES, such as "abs(chosen_logp - rejected_logp) / prompt_tokens".
-    """
-    within: Literal["shuffle", "difficulty"] = "shuffle"
-    """Order inside a step: a seeded shuffle, or easiest first."""
+    """margin_per_token, logp_margin, reward_accuracy (not of single pairs), implicit_reward (needs
+    score.against), rating_gap, chosen_perplexity, risk; SQL over SCORES, such as
+    "abs(chosen_logp - rejected_logp) / prompt_tokens"; or a column of a file of yours, joined by its
+    pair_id: FILE.parquet:COLUMN, or .csv. Higher is harder."""
+    cut: Cut = "equal"
+    """equal: as many units in each part; pairs, tokens: as many of them, where units differ in size;
+    shares: of the pairs; quantiles, thresholds, kmeans: by the value of the difficulty."""
+    at: list[float] = pydantic.Field([])
+    """Of cut shares: each part's share. Of quantiles and thresholds: the edges between the parts, rising."""
+    cluster_on: list[str] = pydantic.Field([])
+    """Of cut kmeans: what it looks at beside the difficulty, whose mean orders the clusters."""
+    order: Order | Literal["given"] = "easy_to_hard"
+    """Which part comes first: easy_to_hard, hard_to_easy, given (see source_order); or, for control,
+    parts of the same sizes filled random, stratified (the mix of the whole) or by token_difference."""
+    source_order: list[str] = pydantic.Field([])
+    """Of order given, by source: every source, the first to train on first."""
+    cumulative: bool = False
+    """Step t trains on parts 1 to t instead of part t alone."""
+    within: Within = "shuffle"
+    """Order inside a step: a seeded shuffle; difficulty, easiest first; length, alike ones together."""
+    drop_hardest: float = pydantic.Field(0.0, ge=0, lt=1)
+    """Share of the units to leave out, the hardest ones."""
+    drop_easiest: float = pydantic.Field(0.0, ge=0, lt=1)
+    """Share of the units to leave out, the easiest ones."""
+    drop_suspect: float | None = None
+    """Leave out pairs with a margin per token below this, nats: sure of the rejected answer, as at -1."""
+    hold_out: float = pydantic.Field(0.0, ge=0, lt=1)
+    """Share of each part's prompts that goes to held_out_parts.parquet with all their pairs."""
+    min_pairs: int = pydantic.Field(1, ge=1)
+    """Refuse to make a part of fewer pairs."""
     seed: int = 0
-    """Of the shuffle."""
+    """Of shuffles, drawn orders, kmeans and hold_out."""
+
+    @pydantic.model_validator(mode="after")
+    def _go_together(self) -> "PartitionConfig":
+        edges = {"shares": self.parts, "quantiles": self.parts - 1, "thresholds": self.parts - 1}.get(self.cut, 0)
+        if len(self.at) != edges:
+            raise ValueError(f"cut {self.cut} in {self.parts} parts takes {edges} number(s) in at, not {self.at}")
+        if self.cut == "shares" and (min(self.at) <= 0 or abs(sum(self.at) - 1) > 1e-6):
+            raise ValueError(f"the shares in at are above 0 and sum to 1, not {self.at}")
+        if self.cut in BY_VALUE and not all(low < high for low, high in itertools.pairwise(self.at)):
+            raise ValueError(f"the edges in at rise, not {self.at}")
+        if self.cut == "quantiles" and not all(0 < edge < 1 for edge in self.at):
+            raise ValueError(f"quantiles lie between 0 and 1, not {self.at}")
+        if self.cluster_on and self.cut != "kmeans":
+            raise ValueError("cluster_on is read by cut kmeans alone")
+        if (self.order == "given") != bool(self.source_order):
+            raise ValueError("order given and source_order go together")
+        if self.source_order and (self.by != "source" or self.cut in BY_VALUE):
+            raise ValueError("order given takes by source, and a cut that is not by value")
+        if self.drop_hardest + self.drop_easiest >= 1:
+            raise ValueError("drop_hardest and drop_easiest together leave nothing")
+        return self
 
 
-def partition_pairs(scores: pl.DataFrame, config: PartitionConfig | None = None) -> pl.DataFrame:
+@dataclass(frozen=True)
+class Divided:
+    """What cutting gave: every scored pair is in a step, or dropped with a reason."""
+
+    partition: pl.DataFrame
+    held_out: pl.DataFrame
+    """PARTITION of what hold_out took: the step each pair would have been in. They are among the dropped too."""
+    dropped: pl.DataFrame
+    """DROPPED; content is empty, for the pairs stand in pairs.parquet."""
+
+
+def partition_pairs(
+    scores: pl.DataFrame, config: PartitionConfig | None = None, *, pairs: pl.DataFrame | None = None
+) -> pl.DataFrame:
     """Cut scored pairs into steps of rising difficulty.
 
-    Units (pairs or sources) are ranked by mean difficulty, ties by their id; unit number r of n,
-    counted from 0, goes to step 1 + floor(r * parts / n): sizes differ by at most one unit.
-    The result depends on the rows, not on their order.
+    Units (pairs, prompts, sources) are ranked by mean difficulty, ties by their id, and cut into
+    parts as config.cut says: see `cuts`. What is dropped goes before: first suspect pairs, then
+    units. Then config.order says which part is step 1. hard_to_easy and given rank the units so and
+    cut then, unless the cut is by value, whose parts hard_to_easy turns round; random, stratified and
+    token_difference keep the number of units of every part and fill it with others: see
+    `orders.rearrange`. The result depends on the rows, not on their order.
 
     Args:
         scores: SCORES frame.
+        pairs: PAIRS frame, where config.by is a column of it.
 
     Returns:
-        PARTITION frame, sorted by rank (the training order).
+        PARTITION frame, sorted by rank (the training order). What was left out is logged with its
+        reasons; `divide_pairs` also returns it.
 
     Raises:
-        SdpoError: fewer units than parts, an unknown difficulty, or one that cannot rank single
-            pairs or has no value for some; repeated pairs or non-finite log-probabilities.
+        SdpoError: fewer units than parts, or a part too small; an unknown difficulty, or one that
+            cannot rank single pairs or has no value for some; an unknown unit, or pairs without
+            one; repeated pairs or non-finite log-probabilities.
 
     Source: arXiv 2403.19270, section 3.1 (by source, reward accuracy). Deviation: the paper does
         not split sources; by="pair" does.
     """
-    config = config or PartitionConfig()
-    scores = check(scores, SCORES, "scores").sort("pair_id")  # an expression may look at neighbouring rows
-    difficulty = _difficulty(config)
-    bad = scores.filter(~(LOGP_MARGIN.is_finite() & (pl.min_horizontal("chosen_tokens", "rejected_tokens") > 0)))
-    if bad.height:
-        raise SdpoError(
-            f"{bad.height} of {scores.height} pairs have a non-finite log-probability or an answer of 0 tokens, e.g. "
-            f"pair_id {bad['pair_id'][0]!r}. Score again in float32, or drop them."
-        )
-    unit = {"pair": "pair_id", "source": "source"}[config.by]
-    measured = scores.select(unit, difficulty.measure(scores).alias("difficulty"))
-    units = measured.group_by(unit).agg(pl.col("difficulty").mean()).sort("difficulty", unit)
-    if units.height < config.parts:
-        remedy = ", or set partition.by to 'pair'" if config.by == "source" else ""
-        raise SdpoError(
-            f"Cannot cut {units.height} {config.by}(s) into {config.parts} steps. "
-            f"Lower partition.parts to {units.height}{remedy}."
-        )
-    units = units.with_columns(step=1 + pl.int_range(pl.len()) * config.parts // pl.len())
-    placed = scores.select(list({"pair_id", "source", unit})).join(units, on=unit)
-    return _ranked(placed, config).with_columns(definition=pl.lit(config.difficulty)).select(list(PARTITION))
+    divided = divide_pairs(scores, config or PartitionConfig(), pairs=pairs)
+    for reason, n in divided.dropped["reason"].value_counts().sort("reason").rows():
+        log.info("left out %d of %d pairs: %s", n, scores.height, reason)
+    return divided.partition
 
 
-def describe_parts(partition: pl.DataFrame, scores: pl.DataFrame) -> pl.DataFrame:
-    """Sum up each step: pairs, tokens, sources, difficulty from easiest to hardest, reward accuracy."""
-    joined = partition.join(scores.drop("source"), on="pair_id")
-    return (
-        joined.group_by("step")
-        .agg(
-            pairs=pl.len(),
-            tokens=(2 * pl.col("prompt_tokens") + pl.col("chosen_tokens") + pl.col("rejected_tokens")).sum(),
-            sources=pl.col("source").unique().sort().str.join(", "),
-            easiest=pl.col("difficulty").min(),
-            median=pl.col("difficulty").median(),
-            hardest=pl.col("difficulty").max(),
-            reward_accuracy=REWARD_ACCURACY,
-            mean_margin=LOGP_MARGIN.mean(),
-        )
-        .sort("step")
-    )
+def divide_pairs(scores: pl.DataFrame, config: PartitionConfig, *, pairs: pl.DataFrame | None = None) -> Divided:
+    """Do what `partition_pairs` does, and return beside it what was left out.
 
-
-def describe_edges(partition: pl.DataFrame, band: float) -> pl.DataFrame:
-    """Count the pairs so near to an edge between two steps that noise could put them on its other side.
-
-    Args:
-        partition: PARTITION frame, by single pairs.
-        band: how far noise moves a difficulty, in its unit: see `noise_band`.
+    With hold_out, a prompt belongs to the first step that has a pair of it. Of a step's n prompts
+    floor(hold_out * n) are drawn by the seed and leave with all their pairs, from whatever step. They
+    are other prompts than those of held_out.parquet, which pairs.hold_out puts aside before anything
+    is scored, and which belong to no step: these have scores and a step, so that a model can be tried
+    on pairs like those of each of its steps.
 
     Returns:
-        A row per edge: edge, difficulty (halfway between the last pair before it and the first
-        after it); easier_pairs and harder_pairs within the band on either side, each with its
-        share of all pairs. A tie that the edge cuts counts whatever the band.
+        Divided: every pair of `scores` is either in its partition or in its dropped, once.
     """
-    rows = []
-    for edge, before, after in _edges(partition):
-        near = (pl.col("difficulty") - edge).abs() <= band
-        sides = [partition.filter(near & side).height for side in (pl.col("step") <= before, pl.col("step") >= after)]
-        rows.append((f"{before} | {after}", edge, *(x for n in sides for x in (n, n / partition.height))))
-    columns = {"edge": pl.String, "difficulty": pl.Float64}
-    for side in ("easier", "harder"):
-        columns |= {f"{side}_pairs": pl.Int64, f"{side}_share": pl.Float64}
-    return pl.DataFrame(rows, columns, orient="row")
+    scores = check(scores, SCORES, "scores")
+    measured = _measured(scores, config, pairs)
+    total, lost = scores.height, []
+    if config.drop_suspect is not None:
+        suspect = pl.col("per_token") < config.drop_suspect
+        lost.append(_as_dropped(measured.filter(suspect), f"margin per token below {config.drop_suspect:g} nats"))
+        measured = measured.filter(~suspect)
+    units = _units(measured, config)
+    hardest, easiest = (math.floor(share * units.height + 1e-9) for share in (config.drop_hardest, config.drop_easiest))
+    for extreme, reason in ((units.tail(hardest), "hardest"), (units.head(easiest), "easiest")):
+        if extreme.height:
+            gone = measured.join(extreme, on="unit", how="semi")
+            lost.append(_as_dropped(gone, f"of the {reason} {extreme.height} {config.by}(s)"))
+            measured = measured.join(extreme, on="unit", how="anti")
+    units = units.slice(easiest, units.height - easiest - hardest)
+    placed = _placed(measured, _stepped(units, config), config)
+    held = placed.clear()
+    if config.hold_out:
+        held = _held_out(placed, config)
+        placed = placed.join(held, on="pair_id", how="anti")
+        lost += [_as_dropped(rows, f"held out of step {step}") for (step,), rows in held.group_by("step")]
+    sizes = placed.group_by("step").agg(pairs=pl.len())
+    refuse_small(sizes, config, units["difficulty"])
+    partition = orders.ordered_within(placed.select(list(PARTITION)), config.within, config.seed, scores)
+    dropped = pl.concat([DROPPED.to_frame(), *lost])
+    assert partition.height + dropped.height == total
+    if config.cumulative:
+        partition = orders.accumulate(partition, seed=config.seed)
+        partition = orders.order_within(partition, config.within, seed=config.seed, scores=scores)
+    return Divided(partition, held.select(list(PARTITION)).sort("step", "pair_id"), dropped)
 
 
-def count_edge_pairs(partition: pl.DataFrame, band: float) -> int:
-    """Count the pairs within the band of any edge, each once: see `describe_edges`."""
-    near = [(pl.col("difficulty") - edge).abs() <= band for edge, *_ in _edges(partition)]
-    return partition.filter(pl.any_horizontal(near)).height if near else 0
-
-
-def make_partition(call: Command, scores: pl.DataFrame) -> pl.DataFrame:
-    """Make RUN/partition.parquet, unless it is up to date."""
+def make_partition(call: Command, scores: pl.DataFrame, pairs: pl.DataFrame) -> pl.DataFrame:
+    """Make RUN/partition.parquet, unless it is up to date; with hold_out held_out_parts.parquet too."""
     config = call.settings["partition"]
     assert isinstance(config, PartitionConfig)
-    with call.run.stage("partition", config.model_dump(), ["scores"], force=call.force) as stage:
+    recipe = config.model_dump() | _files(config)
+    with call.run.stage("partition", recipe, ["scores"], force=call.force) as stage:
         if stage.current:
             return call.run.partition
-        return stage.write("partition", partition_pairs(scores, config))
+        divided = divide_pairs(scores, config, pairs=pairs)
+        call.run.replace_dropped("partition", divided.dropped)
+        if config.hold_out:
+            stage.write(HELD_OUT_PARTS, divided.held_out)
+        else:
+            (call.run.path / f"{HELD_OUT_PARTS}.parquet").unlink(missing_ok=True)  # of settings before
+        return stage.write("partition", divided.partition)
 
 
 def main() -> None:
-    """Make RUN/partition.parquet and what it needs, and show its parts."""
+    """Make RUN/partition.parquet and what it needs, and show a card of each part."""
     sections: dict[str, type[Settings]] = {"partition": PartitionConfig, "pairs": PairsConfig, "score": ScoreConfig}
     call = read_command("python -m sdpo_data.partition", __doc__, "partition", sections)
     config = call.settings["partition"]
     assert isinstance(config, PartitionConfig)
-    difficulty = _difficulty(config)  # refuse what cannot work before the hour of scoring, not after it
+    _difficulties(config)  # refuse what cannot work before the hour of scoring, not after it
     made = call.run.lineage.get("partition")
     pairs = workers.main_first(lambda: make_pairs(call), lambda: call.run.pairs)
-    _check_ahead(difficulty, pairs, call)
+    _check_ahead(config, pairs, call)
     scores = make_scores(call, pairs)
     if not workers.is_main():
         return
-    partition = make_partition(call, scores)
+    partition = make_partition(call, scores, pairs)
     call.save()
     if call.run.lineage["partition"] == made:
         say(f"up to date: {call.run.path / 'partition.parquet'}")
         return
     print_report(scores, config.difficulty)
-    print_table(describe_parts(partition, scores), f"{call.run.path / 'partition.parquet'}")
+    noise = call.run.path / "noise.parquet"
+    single = config.by == "pair" and noise.exists()  # of single pairs: it says nothing of a source's mean
+    rescored = check(call.run.read("noise"), SCORES, "noise.parquet") if single else None
+    describe_partition(partition, scores, pairs, rescored).print(str(call.run.path / "partition.parquet"))
     rho, n = length_correlation(scores, config.difficulty)
     say(f"{config.difficulty} against the token difference chosen - rejected: rank correlation {rho:+.2f} (n = {n:,})")
-    if config.by == "pair" and (call.run.path / "noise.parquet").exists():
-        _print_noise(partition, scores, check(call.run.read("noise"), SCORES, "noise.parquet"), difficulty)
 
 
-def _difficulty(config: PartitionConfig) -> Difficulty:
-    difficulty = difficulty_named(config.difficulty)
-    if config.by == "pair" and not difficulty.single_pairs:
-        raise SdpoError(
-            f"partition.difficulty {config.difficulty!r} is a share over many pairs and cannot rank single ones. "
-            "Set partition.by to 'source', or partition.difficulty to 'margin_per_token'."
-        )
-    return difficulty
+def _difficulties(config: PartitionConfig) -> list[Difficulty]:
+    """Give the difficulty that ranks, then those that only kmeans looks at."""
+    found = [difficulty_named(name) for name in (config.difficulty, *config.cluster_on)]
+    for difficulty in found:
+        if config.by == "pair" and not difficulty.single_pairs:
+            raise SdpoError(
+                f"partition.difficulty {difficulty.name!r} is a share over many pairs and cannot rank single ones. "
+                "Set partition.by to 'source', or partition.difficulty to 'margin_per_token'."
+            )
+    return found
 
 
-def _check_ahead(difficulty: Difficulty, pairs: pl.DataFrame, call: Command) -> None:
+def _check_ahead(config: PartitionConfig, pairs: pl.DataFrame, call: Command) -> None:
     """Refuse what the scores of these pairs will not allow, as far as it can be known before they are made."""
     score = call.settings["score"]
     assert isinstance(score, ScoreConfig)
     against = score.against
-    if any(column.startswith("against_") for column in difficulty.columns) and against in (None, call.model):
+    for difficulty in _difficulties(config):
+        if any(column.startswith("against_") for column in difficulty.columns) and against in (None, call.model):
+            raise SdpoError(
+                f"partition.difficulty {difficulty.name!r} needs the log-probabilities of a second model, but "
+                f"score.against is {against!r}. Name a model other than {call.model!r} there."
+            )
+        if difficulty.columns <= set(pairs.columns):
+            difficulty.measure(pairs)
+    _unit_column(config, pairs)
+
+
+def _files(config: PartitionConfig) -> dict[str, str]:
+    """Give the content hash of every file a difficulty is read from: another content is another partition."""
+    return {d.name: key for d in _difficulties(config) if (key := d.fingerprint) is not None}
+
+
+def _unit_column(config: PartitionConfig, pairs: pl.DataFrame | None) -> str:
+    """Name the column whose values are the units; of SCORES, or else of PAIRS."""
+    column = UNITS.get(config.by, config.by)
+    if column not in SCORES and (pairs is None or column not in pairs.columns):
+        has = [*UNITS, *dict.fromkeys([*SCORES, *(pairs.columns if pairs is not None else [])])]
+        also = "" if pairs is not None else "; of a column of PAIRS give the pairs too"
+        raise SdpoError(f"partition.by {config.by!r} is no unit. There are: {', '.join(has)}{also}.")
+    return column
+
+
+def _measured(scores: pl.DataFrame, config: PartitionConfig, pairs: pl.DataFrame | None) -> pl.DataFrame:
+    """Give every pair its unit and its measures."""
+    good = LOGP_MARGIN.is_finite() & (pl.min_horizontal("chosen_tokens", "rejected_tokens") > 0)
+    if not scores.select(good.all()).item():
+        bad = scores.filter(~good)["pair_id"]
         raise SdpoError(
-            f"partition.difficulty {difficulty.name!r} needs the log-probabilities of a second model, but "
-            f"score.against is {against!r}. Name a model other than {call.model!r} there."
+            f"{bad.len()} of {scores.height} pairs have a non-finite log-probability or an answer of 0 tokens, e.g. "
+            f"pair_id {bad[0]!r}. Score again in float32, or drop them."
         )
-    if difficulty.columns <= set(pairs.columns):
-        difficulty.measure(pairs)
+    difficulties, column = _difficulties(config), _unit_column(config, pairs)
+    measures: dict[str, pl.Expr] = {}
+    if config.cut == "tokens":
+        measures["tokens"] = TOKENS
+    if config.order == "token_difference":
+        measures["length"] = TOKEN_DIFFERENCE
+    if config.drop_suspect is not None:
+        measures["per_token"] = MARGIN_PER_TOKEN
+    needed = {"pair_id", "source"} | {"prompt_id"} if config.hold_out else {"pair_id", "source"}
+    needed |= {name for d in difficulties for name in d.columns}
+    needed |= {name for measure in measures.values() for name in measure.meta.root_names()}
+    if any(name.startswith("against_") for name in needed):
+        needed |= {"against_key", "model_key"}
+    if column in SCORES:
+        needed.add(column)
+    rows = scores.select(sorted(needed))  # of ten million rows, only what is looked at
+    if config.by != "pair" or not all(d.row_by_row for d in difficulties):
+        rows = rows.sort("pair_id")  # for sums to the last bit, and expressions that look at neighbouring rows
+    if column not in SCORES:
+        assert pairs is not None
+        rows = rows.join(pairs.select("pair_id", column), on="pair_id", how="left", maintain_order="left")
+    without = rows.filter(pl.col(column).is_null())["pair_id"]
+    if without.len():
+        raise SdpoError(
+            f"partition.by {config.by!r} has no value for {without.len():,} of {rows.height:,} pairs, e.g. pair_id "
+            f"{without[0]!r}. Fill it in, or choose another unit."
+        )
+    values = [d.measure(rows).alias(f"cluster_{i}" if i else "difficulty") for i, d in enumerate(difficulties)]
+    keep = ["pair_id", "source", *(["prompt_id"] if config.hold_out else [])]
+    return rows.select(*keep, *values, unit=pl.col(column).cast(pl.String), **measures)
 
 
-def _edges(partition: pl.DataFrame) -> list[tuple[float, int, int]]:
-    """Difficulty halfway between neighbouring steps, and the two steps."""
-    ends = partition.group_by("step").agg(low=pl.col("difficulty").min(), high=pl.col("difficulty").max()).sort("step")
-    rows = ends.rows()
-    return [((high + low) / 2, before, after) for (before, _, high), (after, low, _) in itertools.pairwise(rows)]
+def _units(measured: pl.DataFrame, config: PartitionConfig) -> pl.DataFrame:
+    """Average the measures over each unit, count its pairs and tokens; easiest first, ties by the unit."""
+    if config.by == "pair":
+        units = measured.drop("pair_id", "prompt_id", "per_token", strict=False).with_columns(pairs=pl.lit(1))
+    else:
+        means = [name for name in measured.columns if name in ("difficulty", "length") or name.startswith("cluster_")]
+        tokens = [pl.col("tokens").sum()] if "tokens" in measured.columns else []
+        units = measured.group_by("unit").agg(pl.col("source").min(), pl.col(means).mean(), *tokens, pairs=pl.len())
+    return orders.sort_by_difficulty(units, "unit")
 
 
-def _print_noise(partition: pl.DataFrame, scores: pl.DataFrame, rescored: pl.DataFrame, difficulty: Difficulty) -> None:
-    try:
-        band, n = noise_band(scores, rescored, difficulty.name)
-    except SdpoError as error:  # the partition is made and stands
-        say(f"noise band unknown: {error}")
-        return
-    print_table(describe_edges(partition, band), "edges between steps, and the pairs within the noise band of each")
-    k = count_edge_pairs(partition, band)
-    say(
-        f"noise band {band:.2g} {difficulty.unit} (95 % of {n:,} re-scored pairs): {k:,} of {partition.height:,} pairs "
-        "could be on the other side of an edge"
+def _stepped(units: pl.DataFrame, config: PartitionConfig) -> pl.DataFrame:
+    """Give every unit its step."""
+    if units.height < config.parts:
+        remedy = "" if config.by == "pair" else ", or set partition.by to 'pair'"
+        raise SdpoError(
+            f"Cannot cut {units.height} {config.by}(s) into {config.parts} steps. "
+            f"Lower partition.parts to {units.height}{remedy}."
+        )
+    if config.cut in BY_VALUE:
+        part = cut_by_value(units, config.cut, config.parts, config.at, config.seed)
+        units = units.with_columns(step=config.parts + 1 - part if config.order == "hard_to_easy" else part)
+    else:
+        if config.order == "hard_to_easy":
+            units = units.sort("difficulty", descending=True, maintain_order=True)
+        elif config.order == "given":
+            units = _in_given_order(units, config)
+        units = units.with_columns(step=cut_by_rank(units, config.cut, config.parts, config.at))
+    if config.order in ("easy_to_hard", "hard_to_easy", "given"):
+        return units
+    refuse_small(units.group_by("step").agg(pl.col("pairs").sum()), config, units["difficulty"])
+    whole = pl.lit(0, pl.Int64)
+    as_pairs = units.select(
+        "source", pl.col("step").cast(pl.Int64), "difficulty", pair_id="unit", rank=whole, definition=pl.lit("")
+    ).select(list(PARTITION))
+    lengths = None
+    if config.order == "token_difference":
+        lengths = units.select(pair_id="unit", chosen_tokens="length", rejected_tokens=whole)
+    filled = orders.rearrange(as_pairs, config.order, seed=config.seed, scores=lengths)
+    return units.drop("step").join(filled.select("step", unit="pair_id"), on="unit", maintain_order="left")
+
+
+def _in_given_order(units: pl.DataFrame, config: PartitionConfig) -> pl.DataFrame:
+    given, there = config.source_order, units["unit"].to_list()
+    if sorted(given) != sorted(there):
+        raise SdpoError(
+            f"partition.source_order is {given}, but the sources are {sorted(there)}. Name each of them once."
+        )
+    places = pl.DataFrame({"unit": given, "place": range(len(given))})
+    return units.join(places, on="unit").sort("place").drop("place")
+
+
+def _placed(measured: pl.DataFrame, units: pl.DataFrame, config: PartitionConfig) -> pl.DataFrame:
+    """Give every pair the step and difficulty of its unit: PARTITION, with prompt_id where it is needed."""
+    if config.by == "pair" and not config.hold_out:  # a unit is its pair
+        placed = units.rename({"unit": "pair_id"})
+    else:
+        rows = measured.select("pair_id", "source", "unit", *(["prompt_id"] if config.hold_out else []))
+        placed = rows.join(units.select("unit", "step", "difficulty"), on="unit")
+    return placed.with_columns(
+        pl.col("step").cast(pl.Int64), rank=pl.lit(0, pl.Int64), definition=pl.lit(config.difficulty)
     )
 
 
-def _ranked(placed: pl.DataFrame, config: PartitionConfig) -> pl.DataFrame:
-    """Give every pair its place in the training order: by step, inside it as config.within says."""
-    if config.within == "difficulty":
-        ordered = placed.sort("step", "difficulty", "pair_id")
-    else:
-        drawn = np.random.default_rng(config.seed).permutation(placed.height)
-        ordered = placed.sort("pair_id").with_columns(drawn=drawn).sort("step", "drawn")
-    return ordered.with_columns(rank=pl.int_range(pl.len(), dtype=pl.Int64))
+def _held_out(placed: pl.DataFrame, config: PartitionConfig) -> pl.DataFrame:
+    prompts = placed.group_by("prompt_id").agg(pl.col("step").min()).sort("prompt_id")
+    drawn = np.random.default_rng([config.seed, 4]).permutation(prompts.height)
+    place = pl.col("drawn").rank("ordinal").over("step")
+    count = (pl.len().over("step") * config.hold_out + 1e-9).floor()
+    return placed.join(prompts.with_columns(drawn=drawn).filter(place <= count), on="prompt_id", how="semi")
+
+
+def _as_dropped(rows: pl.DataFrame, reason: str) -> pl.DataFrame:
+    return rows.select(
+        "pair_id",
+        "source",
+        stage=pl.lit("partition"),
+        row=pl.lit(None, pl.Int64),
+        reason=pl.lit(reason),
+        content=pl.lit(""),
+    ).select(list(DROPPED))
 
 
 if __name__ == "__main__":

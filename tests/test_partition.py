@@ -59,9 +59,9 @@ def test_one_part_holds_everything(scores):
 
 
 def test_the_default_order_inside_a_step_is_a_shuffle_drawn_by_the_seed(scores):
-    # pairs sorted by id get the places of numpy's permutation; easiest-first would be a d b | c e
+    # pairs sorted by difficulty get the places of numpy's permutation; easiest-first would be a d b | c e
     for seed in (0, 1):
-        places = dict(zip("abcde", np.random.default_rng(seed).permutation(5), strict=True))
+        places = dict(zip("adbce", np.random.default_rng(seed).permutation(5), strict=True))
         expected = sorted("adb", key=places.get) + sorted("ce", key=places.get)
         assert partition_pairs(scores, PartitionConfig(seed=seed))["pair_id"].to_list() == expected
     orders = {tuple(partition_pairs(scores, PartitionConfig(seed=seed))["pair_id"]) for seed in range(9)}
@@ -280,6 +280,43 @@ def test_what_no_scores_can_mend_is_refused_before_scoring(command, name, said):
     run, asked, _ = command
     with pytest.raises(SdpoError, match=said):
         run("--difficulty", name)
+    assert asked == []
+
+
+def test_the_command_explains_every_pair_that_is_missing(command, scores, caplog):
+    run, _, folder = command
+    run("--drop-hardest", "0.2", "--hold-out", "0.34")
+    dropped, held = pl.read_parquet(folder / "dropped.parquet"), pl.read_parquet(folder / "held_out_parts.parquet")
+    made = pl.read_parquet(folder / "partition.parquet")
+    assert sorted([*made["pair_id"], *dropped.filter(stage="partition")["pair_id"]]) == list("abcde")
+    assert held.height == 0  # of two prompts in each step a third is none
+    run("--force", "--drop-hardest", "0", "--hold-out", "0.5")  # step 1 a d b, step 2 c e: one of each
+    dropped, held = pl.read_parquet(folder / "dropped.parquet"), pl.read_parquet(folder / "held_out_parts.parquet")
+    assert dropped["reason"].sort().to_list() == ["held out of step 1", "held out of step 2"]
+    assert sorted(held["pair_id"]) == sorted(dropped["pair_id"])
+    run("--force", "--hold-out", "0")
+    assert not (folder / "held_out_parts.parquet").exists()
+    assert pl.read_parquet(folder / "dropped.parquet").is_empty()
+
+
+def test_another_content_of_a_file_is_another_partition(command, pairs, tmp_path):
+    run, _, folder = command
+    own = tmp_path / "own.csv"
+    own.write_text(
+        "pair_id,mine\n" + "".join(f"{pair},{place}\n" for place, pair in enumerate([*"abcde", *pairs["pair_id"]]))
+    )
+    run("--difficulty", f"{own}:mine")
+    run("--difficulty", f"{own}:mine")
+    assert pl.read_parquet(folder / "partition.parquet").filter(step=1)["pair_id"].sort().to_list() == list("abc")
+    own.write_text(own.read_text().replace("a,0", "a,9"))
+    with pytest.raises(SdpoError, match=r"partition was made with .*own\.csv:mine = "):
+        run("--difficulty", f"{own}:mine")
+
+
+def test_a_unit_that_is_none_is_refused_before_scoring(command):
+    run, asked, _ = command
+    with pytest.raises(SdpoError, match=r"partition\.by 'topic' is no unit\. There are: pair, prompt, pair_id, "):
+        run("--by", "topic")
     assert asked == []
 
 

@@ -277,4 +277,5 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _plain(text: str) -> str:
     """Write text so that Markdown and HTML show it as it is, in one line."""
     shown = "".join(char if char.isprintable() else " " for char in text)
-    return re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", html.escape(" ".join(shown.split()), quote=False))
+    escaped = re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", html.escape(" ".join(shown.split()), quote=False))
+    return re.sub(r"^(\d*)(\.(?=\s|$)|[-=])", r"\1\\\2", escaped)  # at the start of a line: a list, a rule, a heading

@@ -1,17 +1,21 @@
 """The model card: what it says of a run, read back by the hub's own library; nothing from data is markup."""
 
+import html
 import json
+import re
 import shutil
 
 import polars as pl
 import pytest
 from huggingface_hub import ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
 from made_run import KEYS, make_run
 
 from sdpo_data.models import model_key
 from sdpo_data.run import Run
 from sdpo_data.tables import SdpoError
-from sdpo_train.card import make_card, write_card
+from sdpo_train.card import _plain, make_card, write_card
 
 CONFIG = "model: {model}\npairs: {{source: {sources}}}\n"
 
@@ -124,6 +128,18 @@ def test_text_from_data_is_shown_as_it_is(run):
     chain = next(line for line in card.text.splitlines() if line.startswith("| 1 |"))
     assert f"| {shown} 80 |" in chain
     assert len([at for at, char in enumerate(chain) if char == "|" and chain[at - 1] != "\\"]) == 10  # nine cells
+
+
+@given(st.text("ab *_#<>&|[](){}`~!\\\\-+=1.:/$\\n\\té", max_size=30))
+def test_any_text_comes_through_markdown_as_it_is(text):
+    from markdown_it import MarkdownIt
+
+    cell = MarkdownIt("commonmark").enable("table").render(f"| x | y |\n| --- | --- |\n| {_plain(text)} | end |\n")
+    cells = re.findall(r"<td>(.*?)</td>", cell)
+    shown = " ".join(text.split())
+    assert [html.unescape(one) for one in cells] == [shown, "end"]
+    item = MarkdownIt("commonmark").render(f"- {_plain(text)}: 5\n")
+    assert html.unescape(item) == f"<ul>\n<li>{shown}: 5</li>\n</ul>\n"
 
 
 def test_writing_again_changes_nothing_and_new_scores_change_it(run):

@@ -5,9 +5,9 @@ No torch. Both are estimates: what was measured of them stands in LOG.md.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import polars as pl
 
@@ -170,6 +170,45 @@ def estimate_duration(
         )
         return Duration(TIMES_FORWARD * seconds, AT_MOST * seconds, basis)
     return None
+
+
+def plan_unit(
+    shape: Shape,
+    scores: pl.DataFrame,
+    unit: Unit,
+    *,
+    epochs: int,
+    batch_pairs: int,
+    available: int,
+    scored: tuple[int, float] | None = None,
+    trained: tuple[int, float] | None = None,
+) -> dict[str, Any]:
+    """Estimate all of one unit: a row of --plan, which JSON can hold.
+
+    Args:
+        scores: SCORES of the pairs it trains on.
+        unit: its settings; `longest` is max_length, and the longest row counts where that is less.
+        available: bytes that can be had on the device.
+        scored: see `estimate_duration`, like `trained`.
+
+    Returns:
+        pairs, tokens (all epochs), updates, longest (tokens), memory and its parts (bytes), seconds
+        (low and high) with what they are told from, and advice: null where unknown or not needed.
+    """
+    unit = replace(unit, longest=min(unit.longest, longest_row(scores)))
+    tokens = epochs * count_tokens(scores)
+    memory, duration = estimate_memory(shape, unit), estimate_duration(tokens, scored=scored, trained=trained)
+    return {
+        "pairs": scores.height,
+        "tokens": tokens,
+        "updates": epochs * math.ceil(scores.height / batch_pairs),
+        "longest": unit.longest,
+        "memory": memory.total,
+        "memory_of": asdict(memory),
+        "seconds": None if duration is None else [duration.low, duration.high],
+        "basis": None if duration is None else duration.basis,
+        "advice": advise(shape, unit, available),
+    }
 
 
 def count_tokens(scores: pl.DataFrame) -> int:

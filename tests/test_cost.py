@@ -138,5 +138,18 @@ def test_tokens_and_the_longest_row_of_scores(scores):
     assert (cost.count_tokens(scores), cost.longest_row(scores)) == (45 + 23 + 17, 22)
 
 
+def test_a_unit_is_planned_as_a_row_that_json_can_hold(scores):
+    unit = Unit(device_pairs=1, longest=512)
+    row = cost.plan_unit(SHAPE, scores, unit, epochs=2, batch_pairs=2, available=2**40, scored=(850, 10.0))
+    assert (row["pairs"], row["tokens"], row["updates"], row["longest"]) == (5, 170, 6, 22)
+    assert row["memory"] == estimate_memory(SHAPE, replace(unit, longest=22)).total
+    assert row["seconds"] == [2.0 * cost.TIMES_FORWARD, 2.0 * cost.AT_MOST]  # 170 tokens at 85 a second
+    assert row["advice"] is None
+    assert json.loads(json.dumps(row)) == row
+    cut = cost.plan_unit(SHAPE, scores, replace(unit, longest=20), epochs=1, batch_pairs=2, available=1)
+    assert (cut["longest"], cut["seconds"], cut["basis"]) == (20, None, None)
+    assert "does not fit" in cut["advice"]
+
+
 def test_this_machine_has_memory():
     assert cost.available_memory() > 2**27

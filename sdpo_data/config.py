@@ -228,7 +228,7 @@ def recipe_path(name: Path) -> Path:
         return name
     if name.parent in (Path(), Path("configs")):  # a mistyped path of one's own is never taken for one of ours
         for folder in _recipe_folders():
-            if (found := folder / f"{name.stem}.yaml").is_file():
+            if (found := folder / f"{name.name.removesuffix('.yaml')}.yaml").is_file():
                 return found
     raise SdpoError(f"--config {name} is neither a file nor the name of a recipe. There are: {', '.join(recipes())}.")
 

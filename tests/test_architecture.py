@@ -32,6 +32,7 @@ WITHOUT_HEAVY = (
         "sdpo_data.score",
     ),
     *("sdpo_data.partition", "sdpo_train.arms", "sdpo_train.steps", "sdpo_train.__main__"),
+    *("sdpo_train.diagnostics", "sdpo_train.cost", "sdpo_train.card"),
     *("sdpo_eval.stats", "sdpo_eval.plots", "sdpo_eval.report", "sdpo_eval.compare", "sdpo_eval.held_out"),
 )
 

@@ -1,0 +1,155 @@
+"""Estimates by hand, against torch's own count of a model, and advice that helps."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sdpo_data.models import load_model
+from sdpo_data.tables import SdpoError
+from sdpo_train import cost
+from sdpo_train.cost import Shape, Unit, advise, estimate_duration, estimate_memory, read_shape
+
+SHAPE = Shape(parameters=1000, matrices=((10, 20), (30, 10)), layers=2, hidden=8, inner=16, key_value=4)
+UNIT = Unit(device_pairs=1, longest=5)
+
+
+def test_the_shape_of_a_model_is_read_without_its_weights(tiny_model):
+    shape = read_shape(tiny_model)
+    model, _ = load_model(tiny_model)
+    assert shape.parameters == sum(tensor.numel() for tensor in model.parameters())
+    assert (shape.layers, shape.hidden, shape.inner, shape.key_value) == (2, 32, 64, 16)  # 2 of 4 heads of 8
+    linear = [tuple(part.weight.shape) for name, part in model.named_modules() if name.endswith("_proj")]
+    assert sorted(shape.matrices) == sorted(linear)
+
+
+def test_a_tied_head_that_is_in_the_file_counts_once(tiny_model, tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    assert read_shape(folder) == read_shape(tiny_model)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    assert read_shape(folder).parameters == read_shape(tiny_model).parameters + weights["lm_head.weight"].size
+
+
+@pytest.mark.parametrize("file, content", [("config.json", "{"), ("config.json", "{}"), ("model.safetensors", "no")])
+def test_a_broken_model_is_refused(tiny_model, tmp_path, file, content):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / file).write_text(content)
+    with pytest.raises(SdpoError, match=r"What model .* costs cannot be read"):
+        read_shape(folder)
+
+
+def test_memory_of_a_full_fine_tune_by_hand():
+    got = estimate_memory(SHAPE, UNIT)
+    assert (got.weights, got.gradients, got.optimizer, got.reference) == (4000, 4000, 8000, 4000)
+    # a token of a layer: norms 4 * 8 floats; in 8, q k v out as 8 each and out once more, 8 + 4 * 16, k v as 2 * 4
+    assert got.activations - cost.TILE == 2 * 5 * 2 * 4 * (32 + 56 + 72)
+    assert got.total == 4000 + 4000 + 8000 + got.activations + cost.PROCESS["cpu"]
+
+
+def test_memory_of_lora_by_hand():
+    got = estimate_memory(SHAPE, replace(UNIT, lora_rank=2))
+    adapters = 2 * (10 + 20 + 30 + 10)
+    assert (got.weights, got.gradients, got.optimizer) == (4000 + 4 * adapters, 4 * adapters, 8 * adapters)
+    assert got.reference == 0  # the base with the adapters off is the reference
+
+
+def test_memory_in_bfloat16_and_with_checkpointing_by_hand():
+    half = estimate_memory(SHAPE, replace(UNIT, dtype="bfloat16"))
+    assert half.cast == 2 * (200 + 300)
+    assert (half.weights, half.optimizer) == (4000, 8000)  # masters stay float32
+    assert half.activations - cost.TILE == 2 * 5 * 2 * (4 * 32 + 2 * (56 + 72))
+    again = estimate_memory(SHAPE, replace(UNIT, gradient_checkpointing=True))
+    assert again.activations - cost.TILE == 2 * 5 * (2 * 8 * 4 + 4 * (32 + 56 + 72))  # a row per layer, one layer whole
+
+
+def test_saving_counts_where_it_is_the_peak():
+    big = replace(SHAPE, parameters=10**9)
+    got = estimate_memory(big, replace(UNIT, lora_rank=2))
+    assert got.total == got.process + got.weights + got.optimizer + 4 * 10**9
+    assert estimate_memory(big, replace(UNIT, lora_rank=2, device="cuda")).saving == 0
+
+
+units = st.builds(
+    Unit,
+    device_pairs=st.integers(1, 8),
+    longest=st.integers(2, 4096),
+    lora_rank=st.sampled_from([0, 16]),
+    gradient_checkpointing=st.booleans(),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    device=st.sampled_from(["cpu", "cuda"]),
+)
+MODEL_7B = Shape(7_241_732_096, ((4096, 4096),) * 64 + ((14336, 4096),) * 96, 32, 4096, 14336, 1024)
+
+
+@given(units, st.integers(0, 2**38))
+def test_advice_helps_or_says_that_nothing_does(unit, available):
+    needed = estimate_memory(MODEL_7B, unit).total
+    said = advise(MODEL_7B, unit, available)
+    assert (said is None) == (needed <= available)
+    if said is None or "does not fit" in said or "Set " not in said:
+        return
+    changes = {"device_pairs: 1 ": 1, "gradient_checkpointing: true": True, "lora_rank: 16": 16}
+    changed = {name.split(":")[0]: value for name, value in changes.items() if f"train.{name}" in said}
+    if f"train.max_length: {unit.longest // 2} " in said:
+        changed["longest"] = unit.longest // 2
+    assert changed
+    assert estimate_memory(MODEL_7B, replace(unit, **changed)).total <= available
+
+
+def test_advice_names_the_cheapest_setting_first():
+    unit = Unit(device_pairs=8, longest=1024)
+    one = estimate_memory(MODEL_7B, replace(unit, device_pairs=1)).total
+    said = advise(MODEL_7B, unit, one)
+    assert said is not None
+    assert said.endswith(f"Set train.device_pairs: 1 ({one / 2**30:,.1f} GiB).")
+    said = advise(MODEL_7B, unit, one - 1)
+    assert said is not None
+    assert "Set train.device_pairs: 1 (" in said
+    assert "then train.gradient_checkpointing: true" in said
+    said = advise(MODEL_7B, unit, 2**30)
+    assert said is not None
+    assert said.endswith("it does not fit: take a smaller model, or a device with more memory.")
+
+
+def test_time_by_hand():
+    # 1,000 tokens were scored in 10 s: 100 a second. 500 tokens take 5 s forward
+    got = estimate_duration(500, scored=(1000, 10.0))
+    assert got is not None
+    assert (got.low, got.high) == (5.0 * cost.TIMES_FORWARD, 5.0 * cost.AT_MOST)
+    assert "100 tokens/s; too low if those scores came from the store" in got.basis
+    # finished steps tell more: 50 a second
+    got = estimate_duration(500, scored=(1000, 10.0), trained=(100, 2.0))
+    assert got is not None
+    assert (got.low, got.high) == (7.5, 15.0)
+    assert estimate_duration(500) is estimate_duration(500, scored=(0, 0.0)) is None
+
+
+def test_tokens_and_the_longest_row_of_scores(scores):
+    # prompts 7 to 11 are 45, chosen 4 4 2 12 1, rejected 2 3 3 5 4; the longest is 10 + 12
+    assert (cost.count_tokens(scores), cost.longest_row(scores)) == (45 + 23 + 17, 22)
+
+
+def test_a_unit_is_planned_as_a_row_that_json_can_hold(scores):
+    unit = Unit(device_pairs=1, longest=512)
+    row = cost.plan_unit(SHAPE, scores, unit, epochs=2, batch_pairs=2, available=2**40, scored=(850, 10.0))
+    assert (row["pairs"], row["tokens"], row["updates"], row["longest"]) == (5, 170, 6, 22)
+    assert row["memory"] == estimate_memory(SHAPE, replace(unit, longest=22)).total
+    assert row["seconds"] == [2.0 * cost.TIMES_FORWARD, 2.0 * cost.AT_MOST]  # 170 tokens at 85 a second
+    assert row["advice"] is None
+    assert json.loads(json.dumps(row)) == row
+    cut = cost.plan_unit(SHAPE, scores, replace(unit, longest=20), epochs=1, batch_pairs=2, available=1)
+    assert (cut["longest"], cut["seconds"], cut["basis"]) == (20, None, None)
+    assert "does not fit" in cut["advice"]
+
+
+def test_this_machine_has_memory():
+    assert cost.available_memory() > 2**27

@@ -8,14 +8,17 @@ from importlib import import_module
 
 _HOME = {
     "DecontaminateConfig": "decontaminate",
+    "ExportConfig": "export",
     "PairsConfig": "pairs",
     "PartitionConfig": "partition",
     "Run": "run",
     "ScoreConfig": "score",
     "ScoreStore": "store",
     "SdpoError": "tables",
+    "TrainerSettings": "trainers",
     "check_pairs": "doctor",
     "decontaminate_pairs": "decontaminate",
+    "export_steps": "export",
     "find_contamination": "matching",
     "fix_pairs": "repair",
     "load_model": "models",

@@ -128,7 +128,7 @@ def _row(pair: Row) -> Row:
     sides = {side: json.loads(pair[side]) if pair["format"] == MESSAGES else pair[side] for side in SIDES}
     if pair["system"] is not None:
         sides["prompt"] = [{"role": "system", "content": pair["system"]}, *sides["prompt"]]
-    return {name: pair[name] for name in COLUMNS if name not in SIDES} | sides | {"tools": None}
+    return {name: pair[name] for name in COLUMNS if name not in SIDES} | sides | {"tools": pair["tools"]}
 
 
 def _refuse(name: str, step: int, rows: Sequence[Row], training: TrainerSettings) -> None:
@@ -164,7 +164,8 @@ def _chain(name: str, steps: dict[int, list[Row]], start: str, training: Trainer
 def _write_steps(folder: Path, steps: dict[int, list[Row]], *, as_folders: bool) -> None:
     folder.mkdir(parents=True)
     for step, rows in steps.items():
-        dataset = _dataset([{name: row[name] for name in COLUMNS} for row in rows])
+        names = [*COLUMNS, *(["tools"] if any(row["tools"] for row in rows) else [])]
+        dataset = _dataset([{name: row[name] for name in names} for row in rows])
         dataset.to_parquet(folder / f"step_{step}.parquet")
         if as_folders:
             dataset.save_to_disk(folder / f"step_{step}")
@@ -189,10 +190,20 @@ def _write_trainer(folder: Path, name: str, jobs: list[Job], steps: dict[int, li
 
 
 def _dataset(rows: list[Row]) -> Any:
+    """Make a dataset; messages with more than role and content, such as tool calls, are kept as they are, as JSON."""
     import datasets
 
     datasets.disable_progress_bars()
-    return datasets.Dataset.from_list(rows)
+    sides = [side for side in SIDES if isinstance(rows[0].get(side), list)]
+    if not any(set(message) - {"role", "content"} for row in rows for side in sides for message in row[side]):
+        return datasets.Dataset.from_list(rows)
+    plain = datasets.Dataset.from_list(
+        [{name: cell for name, cell in row.items() if name not in sides} for row in rows]
+    )
+    features = {name: plain.features.get(name) or datasets.List(datasets.Json()) for name in rows[0]}
+    return datasets.Dataset.from_list(
+        rows, datasets.Features(features)
+    )  # else Arrow fills every call's keys in everywhere
 
 
 def _summary(steps: dict[int, list[Row]], training: TrainerSettings, names: Sequence[str]) -> pl.DataFrame:

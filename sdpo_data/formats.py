@@ -21,6 +21,7 @@ from sdpo_data.messages import (
     messages_as_json,
     pair_ids,
     read_messages,
+    read_tools,
     says_something,
     text_or_messages,
     to_one_kind,
@@ -60,8 +61,6 @@ def read_row(
     if form is None:
         return None, ["no columns of a known form (prompt, chosen, rejected)"]
     try:
-        if not _is_empty(row.get("tools")):
-            raise UnusableError("tools, which nothing here shows to the model")
         fields = form.read(row)
         choices = choose_pairs(fields, choose, seed) if "answers" in fields else [fields]
     except UnusableError as reason:
@@ -81,7 +80,8 @@ def _pair_or_reason(row: Row, fields: Fields, prompt_format: PromptFormat) -> Fi
 def _pair(row: Row, fields: Fields, prompt_format: PromptFormat) -> Fields:
     if not isinstance(fields.get("system"), str | None):
         raise UnusableError("system is not text")
-    fields = to_one_kind(fields, fields.get("prompt_format", prompt_format))
+    tools = read_tools(row.get("tools"))
+    fields = to_one_kind(fields | {"tools": tools}, fields.get("prompt_format", prompt_format))
     for name in ("prompt", "chosen", "rejected"):
         if not says_something(fields[name]):
             raise UnusableError(f"empty {name}")
@@ -93,7 +93,7 @@ def _pair(row: Row, fields: Fields, prompt_format: PromptFormat) -> Fields:
         for part in (fields[name] for name in ("prompt", "chosen", "rejected"))
     )
     return {
-        **pair_ids(system, prompt, chosen, rejected),
+        **pair_ids(system, prompt, chosen, rejected, tools),
         "prompt": prompt,
         "chosen": chosen,
         "rejected": rejected,
@@ -101,6 +101,7 @@ def _pair(row: Row, fields: Fields, prompt_format: PromptFormat) -> Fields:
         "system": system,
         "rating_chosen": fields.get("rating_chosen", _rating(row, "chosen")),
         "rating_rejected": fields.get("rating_rejected", _rating(row, "rejected")),
+        "tools": tools,
     }
 
 

@@ -24,7 +24,7 @@ from sdpo_data.run import Run, write_atomically
 from sdpo_data.tables import SdpoError
 
 DEFAULT_MODEL = "embedded:smollm2-135m"
-SECTIONS = ("model", "pairs", "decontaminate", "score", "partition", "train", "eval", "compare")
+SECTIONS = ("model", "pairs", "decontaminate", "score", "partition", "export", "train", "eval", "compare")
 
 
 class Settings(pydantic.BaseModel):

@@ -1,6 +1,5 @@
 """What is wrong with pairs before a GPU hour is spent on them: one line a check, with an example and a remedy."""
 
-import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -9,7 +8,7 @@ import polars as pl
 
 from sdpo_data.console import print_table, say
 from sdpo_data.duplicates import find_near_duplicates
-from sdpo_data.encode import encode_pairs
+from sdpo_data.encode import encode_pairs, hidden, render_pair
 from sdpo_data.messages import plain_texts
 from sdpo_data.tables import MESSAGES, PAIRS, SdpoError, check
 
@@ -201,6 +200,9 @@ def tokenizer_of(model: Any) -> "PreTrainedTokenizerBase":
 def look_at_tokens(looked: pl.DataFrame, pairs: pl.DataFrame, tokenizer: "PreTrainedTokenizerBase") -> pl.DataFrame:
     """Put beside each pair how its prompt is rendered, and the tokens of both sides, uncut."""
     rendered = [_rendered(row, tokenizer) for row in pairs.iter_rows(named=True)]
+    unseen = [
+        hidden(row, tokenizer) if one else [] for row, one in zip(pairs.iter_rows(named=True), rendered, strict=True)
+    ]
     prompts = [one[0] if one else None for one in rendered]
     usable = pl.Series([one is not None for one in rendered])
     encoded = encode_pairs(pairs.filter(usable), tokenizer, 10**9, "cut")
@@ -214,6 +216,7 @@ def look_at_tokens(looked: pl.DataFrame, pairs: pl.DataFrame, tokenizer: "PreTra
         rendered=usable,
         stable=pl.Series([one[1] if one else None for one in rendered], dtype=pl.Boolean),
         alone=pl.Series(alone, dtype=pl.Int64),
+        hidden=pl.Series(unseen, dtype=pl.List(pl.String)),
     )
     sides = encoded.select(
         "pair_id", "prompt_ids", "chosen_ids", "rejected_ids",
@@ -228,15 +231,9 @@ def _rendered(row: dict, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, boo
     """Render a prompt, and say whether both its answers begin with it; None where the template cannot."""
     if row["format"] != MESSAGES or not tokenizer.chat_template:
         return row["prompt"] if row["format"] != MESSAGES else "", True
-    system = [{"role": "system", "content": row["system"]}] if row["system"] is not None else []
-    prompt = system + json.loads(row["prompt"])
     try:
-        begin = str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False))
-        sides = [
-            str(tokenizer.apply_chat_template(prompt + json.loads(row[side]), tokenize=False))
-            for side in ("chosen", "rejected")
-        ]
-    except Exception:  # the template is a program of the model's author: it may raise anything
+        begin, *sides = render_pair(row, tokenizer)
+    except SdpoError:
         return None
     return begin, all(side.startswith(begin) for side in sides)
 
@@ -251,6 +248,14 @@ def _token_checks(tokenizer: "PreTrainedTokenizerBase", max_length: int) -> list
         Check(
             "template cannot render", "wrong", ~pl.col("rendered"),
             "their roles or order are not what the model knows: drop them",
+        ),
+        Check(
+            "tools not shown", "wrong", pl.col("hidden").list.contains("tools"),
+            "the chat template leaves them out: use a model whose template renders tools, or drop the pairs",
+        ),
+        Check(
+            "tool calls not shown", "wrong", pl.col("hidden").list.contains("tool calls"),
+            "the chat template leaves them out, and with them what the answer does: another model, or drop the pairs",
         ),
         Check(
             "template not prefix-stable", "wrong", ~pl.col("stable"),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Truncation = Literal["drop", "cut"]
+CALLS = '"tool_calls": '  # how PAIRS writes them
 SLICE = 1024  # pairs tokenised at once: the tokenizer gives Python lists, which are twenty times a token's size
 
 ENCODED = pl.Schema(
@@ -59,6 +60,8 @@ def encode_pairs(
     pairs = check(pairs, PAIRS, "pairs")
     if not tokenizer.chat_template and MESSAGES in pairs["format"]:
         log.info("the tokenizer has no chat template: messages are written out as 'User: ...' and 'Assistant: ...'")
+    if unseen := _hidden_in(pairs, tokenizer):
+        log.info("the chat template does not show the pairs' %s: the model does not read them", " and ".join(unseen))
     slices = [_encode_slice(part, tokenizer, max_length, truncation) for part in pairs.iter_slices(SLICE)]
     encoded = pl.concat([pl.DataFrame(schema=ENCODED), *(part for part, _ in slices)])
     chosen, rejected = np.sum([(0, 0), *(cut for _, cut in slices)], axis=0)
@@ -71,7 +74,7 @@ def _encode_slice(
     pairs: pl.DataFrame, tokenizer: "PreTrainedTokenizerBase", max_length: int, truncation: Truncation
 ) -> tuple[pl.DataFrame, tuple[int, int]]:
     """Encode pairs, and count the chosen and the rejected answers beyond max_length."""
-    texts = [_render(row, tokenizer) for row in pairs.iter_rows(named=True)]
+    texts = [render_pair(row, tokenizer) for row in pairs.iter_rows(named=True)]
     special = [form != MESSAGES or not tokenizer.chat_template for form in pairs["format"]]
     ids = [_tokenize(side, special, tokenizer) for side in zip(*texts, strict=True)]
     rows = [
@@ -82,8 +85,12 @@ def _encode_slice(
     return pl.DataFrame(rows, ENCODED, orient="row"), (chosen, rejected)
 
 
-def _render(row: dict, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str, str]:
-    """Write out the prompt, and the prompt with each answer, as the model will read them."""
+def render_pair(row: dict, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str, str]:
+    """Write out the prompt, and the prompt with each answer, as the model will read them.
+
+    Raises:
+        SdpoError: the chat template refuses the pair.
+    """
     eos = str(tokenizer.eos_token or "")
     if row["format"] != MESSAGES:
         chosen, rejected = (row[side].removesuffix(eos) + eos for side in ("chosen", "rejected"))
@@ -93,17 +100,52 @@ def _render(row: dict, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, str, 
     with_chosen, with_rejected = (prompt + json.loads(row[side]) for side in ("chosen", "rejected"))
     if not tokenizer.chat_template:
         return _plainly(prompt) + "\n\nAssistant:", _plainly(with_chosen) + eos, _plainly(with_rejected) + eos
+    tools = json.loads(row["tools"]) if row["tools"] is not None else None
     try:
         return (
-            str(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)),
-            str(tokenizer.apply_chat_template(with_chosen, tokenize=False)),
-            str(tokenizer.apply_chat_template(with_rejected, tokenize=False)),
+            str(tokenizer.apply_chat_template(prompt, tools=tools, add_generation_prompt=True, tokenize=False)),
+            str(tokenizer.apply_chat_template(with_chosen, tools=tools, tokenize=False)),
+            str(tokenizer.apply_chat_template(with_rejected, tools=tools, tokenize=False)),
         )
     except Exception as error:  # the template is a program of the model's author: it may raise anything
         raise SdpoError(
             f"The chat template cannot render pair {row['pair_id']} ({error}). "
             "Its roles must be those the model knows, in an order it accepts; drop the pair or use another model."
         ) from error
+
+
+def hidden(row: dict, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Name what the template leaves out of a pair: "tools", "tool calls", both or neither.
+
+    It is left out where the pair reads the same without it.
+    """
+    if row["format"] != MESSAGES:
+        return []
+    without = {"tools": row | {"tools": None}}
+    without["tool calls"] = row | {side: _without_calls(row[side]) for side in ("prompt", "chosen", "rejected")}
+    found = []
+    for what, other in without.items():
+        if other != row:
+            try:
+                same = render_pair(row, tokenizer) == render_pair(other, tokenizer)
+            except SdpoError:  # a template that misses what was left out has looked at it
+                continue
+            found += [what] if same else []
+    return found
+
+
+def _hidden_in(pairs: pl.DataFrame, tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+    """Look at the first pair with tools and the first with tool calls, which stand for all."""
+    calls = pl.any_horizontal(pl.col("prompt", "chosen", "rejected").str.contains(CALLS, literal=True))
+    firsts = [pairs.filter(pl.col("tools").is_not_null())[:1], pairs.filter(calls)[:1]]
+    return sorted({what for first in firsts for row in first.iter_rows(named=True) for what in hidden(row, tokenizer)})
+
+
+def _without_calls(messages: str) -> str:
+    if CALLS not in messages:
+        return messages
+    bare = [{key: value for key, value in one.items() if key != "tool_calls"} for one in json.loads(messages)]
+    return json.dumps(bare, ensure_ascii=False)
 
 
 def _plainly(messages: Sequence[dict]) -> str:

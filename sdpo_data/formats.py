@@ -21,6 +21,7 @@ from sdpo_data.messages import (
     messages_as_json,
     pair_ids,
     read_messages,
+    read_tools,
     says_something,
     text_or_messages,
     to_one_kind,
@@ -60,8 +61,6 @@ def read_row(
     if form is None:
         return None, ["no columns of a known form (prompt, chosen, rejected)"]
     try:
-        if not _is_empty(row.get("tools")):
-            raise UnusableError("tools, which nothing here shows to the model")
         fields = form.read(row)
         choices = choose_pairs(fields, choose, seed) if "answers" in fields else [fields]
     except UnusableError as reason:
@@ -81,7 +80,8 @@ def _pair_or_reason(row: Row, fields: Fields, prompt_format: PromptFormat) -> Fi
 def _pair(row: Row, fields: Fields, prompt_format: PromptFormat) -> Fields:
     if not isinstance(fields.get("system"), str | None):
         raise UnusableError("system is not text")
-    fields = to_one_kind(fields, prompt_format)
+    tools = read_tools(row.get("tools"))
+    fields = to_one_kind(fields | {"tools": tools}, fields.get("prompt_format", prompt_format))
     for name in ("prompt", "chosen", "rejected"):
         if not says_something(fields[name]):
             raise UnusableError(f"empty {name}")
@@ -93,7 +93,7 @@ def _pair(row: Row, fields: Fields, prompt_format: PromptFormat) -> Fields:
         for part in (fields[name] for name in ("prompt", "chosen", "rejected"))
     )
     return {
-        **pair_ids(system, prompt, chosen, rejected),
+        **pair_ids(system, prompt, chosen, rejected, tools),
         "prompt": prompt,
         "chosen": chosen,
         "rejected": rejected,
@@ -101,15 +101,22 @@ def _pair(row: Row, fields: Fields, prompt_format: PromptFormat) -> Fields:
         "system": system,
         "rating_chosen": fields.get("rating_chosen", _rating(row, "chosen")),
         "rating_rejected": fields.get("rating_rejected", _rating(row, "rejected")),
+        "tools": tools,
     }
 
 
 def _own(row: Row) -> Fields:
-    """Read a row of PAIRS itself, whose messages are JSON text."""
+    """Read a row of PAIRS itself, whose messages are JSON text, or of an export, where they are lists."""
+    if row["format"] == TEXT:  # also where it has turns: the pair was made so
+        return _explicit(row) | {"prompt_format": "text"}
     try:
-        return _explicit(row | {name: json.loads(row[name]) for name in ("prompt", "chosen", "rejected")})
+        return _explicit(row | {name: _decoded(row[name]) for name in ("prompt", "chosen", "rejected")})
     except (KeyError, TypeError, ValueError, RecursionError):
         raise UnusableError("its format says messages, but they are not JSON") from None
+
+
+def _decoded(cell: Any) -> Any:
+    return cell if isinstance(cell, list) else json.loads(cell)
 
 
 def _explicit(row: Row) -> Fields:
@@ -258,7 +265,7 @@ def _has_answers(row: Row) -> bool:
 _BOTH = ("chosen", "rejected")
 _JUDGED = ("instruction", "output_1", "output_2", "preference")
 FORMS = [  # the first that fits is read
-    Form("our own PAIRS", lambda row: "pair_id" in row and row.get("format") == MESSAGES, _own),
+    Form("our own PAIRS", lambda row: "pair_id" in row and row.get("format") in (MESSAGES, TEXT), _own),
     Form("prompt, chosen, rejected (TRL)", _has("prompt", *_BOTH), _explicit),
     Form("conversations, chosen, rejected (ShareGPT)", _has("conversations", *_BOTH), _dialogue("conversations")),
     Form("messages, rejected_response (ms-swift)", _has("messages", "rejected_response"), _continued),

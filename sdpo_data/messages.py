@@ -57,8 +57,23 @@ def finite_number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def read_tools(cell: Any) -> str | None:
+    """Read what a model may call, a list of JSON schemas or its JSON text, as JSON text; None where it is empty."""
+    if cell is None or (isinstance(cell, str) and not cell.strip()):
+        return None
+    tools = _json_or_none(cell) if isinstance(cell, str) else cell
+    if cell in ("null", "[]", [], {}):
+        return None
+    tools = (
+        [_json_or_none(tool) if isinstance(tool, str) else tool for tool in tools] if isinstance(tools, list) else []
+    )
+    if not tools or not all(isinstance(tool, dict) and tool for tool in tools):
+        raise UnusableError("tools are not a list of JSON schemas")
+    return json.dumps(tools, ensure_ascii=False, default=str)
+
+
 def plain_texts(pairs: pl.DataFrame, column: str) -> pl.Series:
-    """Give what `column` of PAIRS says: text as it is, of messages their contents, a line each."""
+    """Give what `column` of PAIRS says: text as it is, of messages their contents and tool calls, a line each."""
     contents = (
         pl.when(pl.col("format") == MESSAGES)
         .then(column)
@@ -66,7 +81,17 @@ def plain_texts(pairs: pl.DataFrame, column: str) -> pl.Series:
         .list.eval(pl.element().struct.field("content"))
         .list.join("\n")
     )
-    return pairs.select(pl.coalesce(contents, column)).to_series()
+    calls = (pl.col("format") == MESSAGES) & pl.col(column).str.contains('"tool_calls": ', literal=True)
+    said = pl.when(calls).then(pl.col(column).map_elements(_with_calls, pl.String)).otherwise(contents)
+    return pairs.select(pl.coalesce(said, column)).to_series()
+
+
+def _with_calls(messages: str) -> str:
+    lines = [
+        [message["content"], *(json.dumps(call, ensure_ascii=False) for call in message.get("tool_calls") or [])]
+        for message in json.loads(messages)
+    ]
+    return "\n".join(line for said in lines for line in said if line)
 
 
 def says_something(part: Any) -> bool:
@@ -95,11 +120,12 @@ def to_one_kind(fields: Fields, prompt_format: PromptFormat) -> Fields:
         }
         return to_one_kind({**fields, **answers}, prompt_format)
     turns = prompt_format != "text" and _turns(prompt)
-    if not turns and (prompt_format == "messages" or (prompt_format == "auto" and fields.get("system"))):
+    beside = next((name for name in ("system message", "tools") if fields.get(name.split()[0])), None)
+    if not turns and (prompt_format == "messages" or (prompt_format == "auto" and beside)):
         turns = [{"role": "user", "content": prompt}]
     if not turns:
-        if fields.get("system"):
-            raise UnusableError("a system message beside plain text")
+        if beside:
+            raise UnusableError(f"{'tools' if beside == 'tools' else 'a ' + beside} beside plain text")
         return fields
     return {
         **fields,
@@ -118,9 +144,13 @@ def messages_as_json(messages: list[dict[str, Any]]) -> str:
     return json.dumps(ordered, ensure_ascii=False, default=str)
 
 
-def pair_ids(system: str | None, prompt: str, chosen: str, rejected: str) -> dict[str, str]:
+def pair_ids(system: str | None, prompt: str, chosen: str, rejected: str, tools: str | None = None) -> dict[str, str]:
     """Give pair_id and prompt_id: the same content has the same ids on every machine, forever."""
-    return {"pair_id": content_hash(system, prompt, chosen, rejected), "prompt_id": content_hash(system, prompt)}
+    also = () if tools is None else (tools,)  # without tools the ids are those of before there were any
+    return {
+        "pair_id": content_hash(system, prompt, chosen, rejected, *also),
+        "prompt_id": content_hash(system, prompt, *also),
+    }
 
 
 def content_hash(*parts: str | None) -> str:
@@ -139,10 +169,23 @@ def _turns(prompt: str) -> list[dict[str, str]] | None:
 
 
 def _message(value: Any) -> dict[str, Any] | None:
+    if isinstance(value, str):  # Parquet of messages whose tool calls differ: a JSON text each
+        value = _json_or_none(value)
     if not isinstance(value, dict):
         return None
-    if value.get("role") is None and isinstance(value.get("from"), str):
+    if value.get("role") is None and value.get("from") == "function_call":
+        calls = _json_or_none(value.get("value"))
+        calls = [{"type": "function", "function": call} for call in (calls if isinstance(calls, list) else [calls])]
+        value = {"role": "assistant", "tool_calls": calls if all(call["function"] for call in calls) else None}
+    elif value.get("role") is None and isinstance(value.get("from"), str):
         value = {"role": SHAREGPT_ROLES.get(value["from"]), "content": value.get("value")}
     if value.get("content") is None and value.get("tool_calls"):
         value = value | {"content": ""}
     return value if isinstance(value.get("role"), str) and isinstance(value.get("content"), str) else None
+
+
+def _json_or_none(text: Any) -> Any:
+    try:
+        return json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return None

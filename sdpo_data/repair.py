@@ -89,7 +89,7 @@ def _cut_doubled(pairs: pl.DataFrame, tokenizer: "PreTrainedTokenizerBase") -> t
             if twice[side]:
                 row[side] = _without(row, side, str(tokenizer.bos_token if side == "prompt" else tokenizer.eos_token))
         if row != before:
-            row |= pair_ids(row["system"], row["prompt"], row["chosen"], row["rejected"])
+            row |= pair_ids(*(row[name] for name in ("system", "prompt", "chosen", "rejected", "tools")))
             cut += 1
     return pl.DataFrame(rows, PAIRS), cut
 

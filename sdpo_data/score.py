@@ -27,7 +27,7 @@ from sdpo_data.models import load_model, load_tokenizer, model_key
 from sdpo_data.pairs import PairsConfig, make_pairs
 from sdpo_data.scorer import Scorer, complete
 from sdpo_data.store import ScoreStore
-from sdpo_data.tables import DROPPED, PAIRS, SCORES, SdpoError
+from sdpo_data.tables import DROPPED, PAIRS, SCORES, SdpoError, check
 from sdpo_data.tree import Request, request_key
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ def score_pairs(pairs: pl.DataFrame, model: "Model", config: ScoreConfig | None 
 
 def score_and_drop(pairs: pl.DataFrame, model: "Model", config: ScoreConfig) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Do what `score_pairs` does, and return what was left out as a DROPPED frame beside it."""
+    pairs = check(pairs, PAIRS, "pairs")
     loaded, tokenizer, key = _loaded(model, config.dtype)
     scores, dropped = _score(pairs, loaded, tokenizer, key, config)
     if config.against is not None:

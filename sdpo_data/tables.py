@@ -12,8 +12,8 @@ MESSAGES = "messages"
 
 PAIRS = pl.Schema(
     {  # one row per preference pair
-        "pair_id": pl.String,  # hash of (system, prompt, chosen, rejected)
-        "prompt_id": pl.String,  # hash of (system, prompt): pairs of one prompt share it
+        "pair_id": pl.String,  # hash of (system, prompt, chosen, rejected), and of tools where there are any
+        "prompt_id": pl.String,  # hash of (system, prompt), and of tools: pairs of one prompt share it
         "source": pl.String,  # dataset the pair came from, e.g. "alpaca-eval/gpt4"
         "prompt": pl.String,  # plain text, or a JSON list of {"role", "content"}: see format
         "chosen": pl.String,
@@ -22,6 +22,7 @@ PAIRS = pl.Schema(
         "system": pl.String,  # system message; null where the source has none
         "rating_chosen": pl.Float64,  # the judge's rating; null where the source has none
         "rating_rejected": pl.Float64,
+        "tools": pl.String,  # what the model may call: a JSON list of JSON schemas; null where the source has none
     }
 )
 DROPPED = pl.Schema(
@@ -144,12 +145,13 @@ CONTAMINATION = pl.Schema(
     }
 )
 NULLABLE = {
-    "system", "rating_chosen", "rating_rejected",  # PAIRS, SCORES
+    "system", "rating_chosen", "rating_rejected", "tools",  # PAIRS, SCORES
     "against_key", "against_chosen_logp", "against_rejected_logp",  # SCORES
     "row", "pair_id",  # DROPPED
     "correct", "gold_logp", "stderr",  # ITEMS, RESULTS
     "max_start_gap", "shared_from",  # STEPS: an arm whose start is not its reference has no gap
 }  # fmt: skip
+LATER = {"tools"}  # columns that a table made before they were there lacks: all null there
 
 LOGP_MARGIN = pl.col("chosen_logp") - pl.col("rejected_logp")
 """gamma of arXiv 2403.19270, nats, summed: above 0 the model prefers the chosen answer."""
@@ -175,6 +177,7 @@ def check(frame: pl.DataFrame, schema: pl.Schema, name: str) -> pl.DataFrame:
         SdpoError: a column is missing, has another type, or holds nulls where it may not;
             or the key repeats: pair_id of PAIRS and SCORES, (pair_id, step) of PARTITION.
     """
+    frame = frame.with_columns(pl.lit(None, schema[name]).alias(name) for name in LATER & schema.keys() - frame.columns)
     missing = [column for column in schema if column not in frame.columns]
     if missing:
         raise SdpoError(f"{name} is missing column {missing[0]!r}. It has {frame.columns}; it needs {list(schema)}.")

@@ -76,7 +76,7 @@ def make_pairs(draw: random.Random, count: int, prefix: str = "p") -> pl.DataFra
         chat = number % 3 > 0
         texts = text("user", 30, chat), text("assistant", 90, chat), text("assistant", 70, chat)
         ids = f"{prefix}{number:04}", f"q{prefix}{number // 2:04}"
-        rows.append((*ids, "alpaca-eval" if chat else "piqa", *texts, MESSAGES if chat else TEXT, None, None, None))
+        rows.append((*ids, "alpaca-eval" if chat else "piqa", *texts, MESSAGES if chat else TEXT, *[None] * 4))
     return pl.DataFrame(rows, PAIRS, orient="row")
 
 

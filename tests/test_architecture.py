@@ -31,7 +31,7 @@ WITHOUT_HEAVY = (
         "sdpo_data.difficulty",
         "sdpo_data.score",
     ),
-    *("sdpo_data.partition", "sdpo_train.arms", "sdpo_train.steps", "sdpo_train.__main__"),
+    *("sdpo_data.partition", "sdpo_data.export", "sdpo_train.arms", "sdpo_train.steps", "sdpo_train.__main__"),
     *("sdpo_train.diagnostics", "sdpo_train.cost", "sdpo_train.card"),
     *("sdpo_eval.stats", "sdpo_eval.plots", "sdpo_eval.report", "sdpo_eval.compare", "sdpo_eval.held_out"),
 )
@@ -136,6 +136,7 @@ def test_every_setting_says_what_it_does():
 def test_shipped_recipes_hold_only_settings_there_are():
     from sdpo_data.config import SECTIONS, read_command, recipes
     from sdpo_data.decontaminate import DecontaminateConfig
+    from sdpo_data.export import ExportConfig
     from sdpo_data.pairs import PairsConfig
     from sdpo_data.partition import PartitionConfig
     from sdpo_data.score import ScoreConfig
@@ -144,6 +145,7 @@ def test_shipped_recipes_hold_only_settings_there_are():
 
     models = {"pairs": PairsConfig, "score": ScoreConfig, "partition": PartitionConfig, "train": TrainConfig}
     models |= {"eval": EvalConfig, "decontaminate": DecontaminateConfig, "compare": CompareConfig}
+    models |= {"export": ExportConfig}
     assert set(models) | {"model"} == set(SECTIONS)
     for recipe in recipes():
         read_command("recipe", "", "partition", models, ["no/such/run", "--config", recipe])

@@ -287,7 +287,7 @@ def test_the_model_may_be_named_or_loaded(tiny_model):
     from sdpo_data.models import load_model
 
     findings = check_pairs(frame(FINE), tiny_model)
-    assert findings.height == 20
+    assert findings.height == 22
     assert findings.row(-1, named=True)["remedy"].startswith("too few to say")
     loaded = load_model(tiny_model)
     assert check_pairs(frame(FINE), loaded[0]).equals(findings)

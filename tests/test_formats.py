@@ -111,10 +111,8 @@ def test_a_row_of_each_form_survives_a_table_with_all_columns(form, row, expecte
 @pytest.mark.parametrize(
     "row, reason",
     [
-        ({"prompt": "q", "chosen": "c", "rejected": "r", "tools": [{"name": "f"}]},
-         "tools, which nothing here shows to the model"),
-        ({"prompt": "q", "chosen": "c", "rejected": "r", "tools": '[{"name": "f"}]'},
-         "tools, which nothing here shows to the model"),
+        ({"prompt": "q", "chosen": "c", "rejected": "r", "tools": {"name": "f"}},
+         "tools are not a list of JSON schemas"),
         ({"prompt": [user("q"), 3], "chosen": "c", "rejected": "r"}, "prompt is neither text nor a list of messages"),
         ({"conversations": "q", "chosen": assistant("c"), "rejected": assistant("r")},
          "conversations is not a list of messages"),

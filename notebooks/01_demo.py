@@ -61,7 +61,7 @@ part.head()
 # %%
 steps = train.run_sdpo(
     pairs, part, model=MODEL, out=RUN, scores=scores,
-    config=train.TrainConfig(learning_rate=5e-6, batch_pairs=4, device_pairs=1, warmup=0.0, max_length=512),
+    config=train.TrainConfig(learning_rate=5e-6, batch_pairs=4, warmup=0.0, max_length=512),
 )  # fmt: skip
 steps.select("step", "pairs", "updates", "first_loss", "last_loss", "max_start_gap", "margin_ref_mean")
 

@@ -146,25 +146,32 @@ def score_bin(
     ]
 
 
-def tree_logps(model: "PreTrainedModel", requests: Sequence[Request]) -> "list[torch.Tensor]":
+def read_tree(
+    model: "PreTrainedModel", requests: Sequence[Request], *, flex: bool = False
+) -> "tuple[torch.Tensor, torch.Tensor]":
     """Do what `score_bin` does with gradients: the same forward, all requests in one row.
 
     Args:
         model: loaded causal LM that `read_model` says can be read in trees of this length.
         requests: in any order; what they share is computed once.
+        flex: with FlexAttention, which the model must have been set to use (`flex.NAME`): layers
+            that are checkpointed attend again on the way back.
 
     Returns:
-        Of each request (completion tokens,), float32 or the model's wider dtype, nats, on the model's device.
+        Of all completion tokens, request by request: log-probabilities in float32 or the model's
+        wider dtype, nats, and whether each is the likeliest; on the model's device.
     """
     import torch
 
     [bin_] = plan_bins(requests, sum(len(ids) for ids, _ in requests))
     own = [requests[place] for place in bin_.sequences]
     [row] = plan_rows(own, bin_.tokens)
-    logps, _ = read_logps(model, _tree_states(model, row, None), row.readers, row.targets)
-    back = torch.from_numpy(np.argsort(row.places)).to(logps.device)
-    parts = logps[back].split([len(ids) - start for ids, start in own])
-    return [part for _, part in sorted(zip(bin_.sequences, parts, strict=True), key=lambda pair: pair[0])]
+    logps, likeliest = read_logps(model, _tree_states(model, row, None, flex=flex), row.readers, row.targets)
+    ends = np.cumsum([len(ids) - start for ids, start in own])[:-1]
+    stand = np.split(np.argsort(row.places), ends)  # of each request of the row, where its tokens were read
+    order = np.concatenate([stand[place] for place in np.argsort(bin_.sequences)])
+    back = torch.from_numpy(order).to(logps.device)
+    return logps[back], likeliest[back]
 
 
 Read = tuple[np.ndarray, "torch.Tensor", "torch.Tensor", int]

@@ -4,12 +4,12 @@ TRL computes the loss and the updates. Ours are the tokens (those that were scor
 log-probabilities (no second model in memory) and the proof that the hand-off is what was declared.
 """
 
+import functools
 import logging
 import math
 import tempfile
 import time
 import warnings
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ import transformers
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
+from sdpo_data import workers
 from sdpo_data.console import progress
 from sdpo_data.encode import encode_pairs
 from sdpo_data.models import load_model, model_key, save_model
@@ -28,6 +29,7 @@ from sdpo_data.score import score_encoded
 from sdpo_data.scorer import Scorer
 from sdpo_data.store import ScoreStore
 from sdpo_data.tables import LOGP_MARGIN, METRICS, SCORES, SdpoError
+from sdpo_train.forward import WholeUpdates
 from sdpo_train.steps import StepWork, TrainConfig
 
 if TYPE_CHECKING:
@@ -37,7 +39,6 @@ log = logging.getLogger(__name__)
 
 DTYPE = "float32"  # weights, forward pass and hand-off: updates of 1e-5 vanish in bfloat16
 START_GAP = 5e-3  # nats per answer: float32 noise was up to 2e-3 in padded batches of two pairs, 1e-4 one by one
-START_PAIRS = 8  # pairs whose policy log-probabilities are compared before the first update
 
 
 def train_step(work: StepWork, config: TrainConfig) -> dict[str, Any]:
@@ -72,7 +73,6 @@ def train_step(work: StepWork, config: TrainConfig) -> dict[str, Any]:
     ):
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing", FutureWarning)  # TRL 1.16 on transformers 5.23
         trainer = _trainer(work, config, encoded, reference, model, tokenizer, scratch, _Progress(advance))
-        gap = _start_gap(trainer, work)
         trainer.train()
         trained: Any = trainer.model
         if config.lora_rank:
@@ -87,7 +87,9 @@ def train_step(work: StepWork, config: TrainConfig) -> dict[str, Any]:
         metrics.write_parquet(folder / "metrics.parquet")
         reference.write_parquet(folder / "reference_scores.parquet")
 
-    write_atomically(work.out, write)
+    if workers.is_main():
+        write_atomically(work.out, write)
+    workers.wait()
     lengths = reference.select(pl.col("prompt_tokens", "chosen_tokens", "rejected_tokens").sum()).row(0)
     return {
         "arm": work.arm,
@@ -103,31 +105,21 @@ def train_step(work: StepWork, config: TrainConfig) -> dict[str, Any]:
         "seconds": time.monotonic() - started,
         "first_loss": losses[0],
         "last_loss": losses[-1],
-        "max_start_gap": gap,
+        "max_start_gap": trainer.start_gap,
         "margin_ref_mean": reference.select(LOGP_MARGIN.mean()).item(),
     }
 
 
-class _PairTrainer(DPOTrainer):
+class _PairTrainer(WholeUpdates, DPOTrainer):
     """TRL's trainer on pairs that are tokens already and carry their reference log-probabilities."""
+
+    start_gap: float | None = None
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         return dataset
 
     def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
         return dataset
-
-    def start_gap(self, pairs: int) -> float:
-        """Largest |policy - reference| log-probability of the first pairs, nats, in TRL's own forward."""
-        gaps = []
-        batches = math.ceil(pairs / self.args.per_device_train_batch_size)
-        self.ref_model = self.model  # else TRL switches the adapters off, and the policy is not looked at
-        for batch in islice(self.get_train_dataloader(), batches):
-            inputs = self._prepare_inputs(batch)
-            sides = zip(self.compute_ref_log_probs(self.model, inputs), ("chosen", "rejected"), strict=True)
-            gaps += [(policy - inputs[f"ref_{side}_logps"]).abs().max().item() for policy, side in sides]
-        self.ref_model = None
-        return max(gaps)
 
 
 class _Progress(transformers.TrainerCallback):
@@ -158,8 +150,7 @@ def _trainer(
         lr_scheduler_type=config.schedule,
         warmup_steps=config.warmup,  # below 1 it is a share
         num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.device_pairs,
-        gradient_accumulation_steps=config.batch_pairs // config.device_pairs,
+        per_device_train_batch_size=config.batch_pairs,  # of all devices: see WholeUpdates
         train_sampling_strategy="sequential",  # the partition's order is the curriculum
         precompute_ref_log_probs=True,  # they come with the rows: see _precompute_ref_logps
         max_length=None,  # encode_pairs has cut already
@@ -186,6 +177,10 @@ def _trainer(
         callbacks=[callback],
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    lengths = pl.col("prompt_ids").list.len() + pl.max_horizontal(pl.col("chosen_ids", "rejected_ids").list.len())
+    trainer.share_prefixes(encoded.select(lengths.max()).item(), config.token_budget)
+    if work.start_key == work.reference_key:
+        trainer.check_start = functools.partial(_check_start, trainer, work)
     return trainer
 
 
@@ -237,18 +232,15 @@ def _check_key(work: StepWork, role: str, model: str, declared: str) -> None:
         )
 
 
-def _start_gap(trainer: _PairTrainer, work: StepWork) -> float | None:
+def _check_start(trainer: _PairTrainer, work: StepWork, gap: float) -> None:
     """Prove the hand-off in nats: before the first update, policy and reference say the same."""
-    gap = trainer.start_gap(START_PAIRS)
-    if work.start_key != work.reference_key:
-        return None
+    trainer.start_gap = gap
     if not gap <= START_GAP:
         raise SdpoError(
             f"{work.arm} step {work.step}: before the first update a log-probability of the policy differs from the "
             f"reference's by {gap:.3g} nats (at most {START_GAP:g} is float32 noise). The reference log-probabilities "
             "are not of the model the step starts from, or not of the same tokens."
         )
-    return gap
 
 
 def _check_losses(work: StepWork, config: TrainConfig, losses: pl.Series) -> None:

@@ -19,7 +19,7 @@ from sdpo_train.arms import Arm, arm_named, arm_partition
 
 log = logging.getLogger(__name__)
 
-NOT_NUMBERS = {"arms", "seeds", "device_pairs"}  # settings that do not change what one step computes
+NOT_NUMBERS = {"arms", "seeds", "token_budget"}  # settings that do not change what one step computes
 
 
 class TrainConfig(Settings):
@@ -38,19 +38,14 @@ class TrainConfig(Settings):
     epochs: int = pydantic.Field(1, ge=1)
     """Passes over a step's pairs."""
     batch_pairs: int = pydantic.Field(32, ge=1)
-    """Pairs per optimiser update."""
-    device_pairs: int = pydantic.Field(2, ge=1)
-    """Pairs per forward pass; must divide batch_pairs. Changes speed and memory."""
+    """Pairs per optimiser update, over all devices."""
+    token_budget: int | None = pydantic.Field(None, ge=1)
+    """Tokens per forward pass at most, where a pair has no more; None for what suits the device. Lower it where
+    memory runs out."""
     lora_rank: int = pydantic.Field(0, ge=0)
     """Rank of LoRA adapters on all linear layers, merged after every step; 0 trains all weights."""
     max_length: int = pydantic.Field(1024, ge=2)
     """Longest prompt + answer, tokens; must cut nothing that score.max_length did not cut."""
-
-    @pydantic.model_validator(mode="after")
-    def _batch_divides(self) -> "TrainConfig":
-        if self.batch_pairs % self.device_pairs:
-            raise ValueError(f"batch_pairs {self.batch_pairs} is not a multiple of device_pairs {self.device_pairs}")
-        return self
 
 
 @dataclass(frozen=True)

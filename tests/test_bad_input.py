@@ -120,7 +120,7 @@ def test_an_unknown_setting(refused, run, module, section, setting, close):
         (DECONTAMINATE, ["--rules", "9-gram"], "invalid choice '9-gram' for argument '--rules'"),
         (SCORE, ["--dtype", "int8"], "invalid choice 'int8' for argument '--dtype'"),
         (TRAIN, ["--learning-rate", "0"], "--learning-rate is 0.0: Input should be greater than 0."),
-        (TRAIN, ["--batch-pairs", "3"], "batch_pairs 3 is not a multiple of device_pairs 2."),
+        (TRAIN, ["--token-budget", "0"], "--token-budget is 0: Input should be greater than or equal to 1."),
         (EVAL, ["--limit", "0"], "--limit is 0: Input should be greater than or equal to 1."),
     ],
 )

@@ -11,7 +11,7 @@ from sdpo_data.tables import METRICS, SCORES, SdpoError, check
 from sdpo_train.dpo import train_step
 from sdpo_train.steps import StepWork, TrainConfig
 
-FAST = TrainConfig(learning_rate=1e-3, batch_pairs=4, device_pairs=2, warmup=0.0)
+FAST = TrainConfig(learning_rate=1e-3, batch_pairs=4, warmup=0.0)
 
 
 @pytest.fixture

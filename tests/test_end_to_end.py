@@ -58,7 +58,7 @@ def test_the_four_commands_on_the_embedded_model_and_again(tmp_path):
     config.write_text(
         "pairs: {source: [embedded:alpaca-eval, embedded:piqa], limit: 5, hold_out: 0.1}\n"
         "score: {max_length: 256}\n"
-        "train: {learning_rate: 5e-6, batch_pairs: 2, device_pairs: 1, warmup: 0, max_length: 256}\n"
+        "train: {learning_rate: 5e-6, batch_pairs: 2, warmup: 0, max_length: 256}\n"
         "eval: {limit: 1, mmlu_subjects: [marketing]}\n"
     )
     commands = [

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from sdpo_data import prefix
-from sdpo_data.prefix import plan_work, read_model, row_tokens, score_bin, score_completions, tree_logps
+from sdpo_data.prefix import plan_work, read_model, read_tree, row_tokens, score_bin, score_completions
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}  # fmt: skip
@@ -153,7 +153,8 @@ def test_gradients_are_those_of_plain_forwards(name, monkeypatch):
     monkeypatch.setattr("sdpo_data.head.HEAD_BYTES", {"cpu": 720, "cuda": 720})
     model = build(name).double()
     requests = [([1, 2, 3, 4, 5, 6], 3), ([1, 2, 3, 7, 8], 3)]
-    chosen, rejected = tree_logps(model, requests)
+    logps, _ = read_tree(model, requests)
+    chosen, rejected = logps.split([3, 2])
     (chosen.sum() - 2 * rejected.sum()).backward()
     tree = {name: weight.grad.clone() for name, weight in model.named_parameters()}
     model.zero_grad()

@@ -8,11 +8,11 @@ import pytest
 from sdpo_data.models import load_model, model_key, save_model
 from sdpo_data.score import score_pairs
 from sdpo_data.tables import METRICS, SCORES, SdpoError, check
-from sdpo_train.config import TrainConfig
+from sdpo_train.config import StepConfig
 from sdpo_train.dpo import train_step
 from sdpo_train.work import StepWork
 
-FAST = TrainConfig(learning_rate=1e-3, batch_pairs=4, warmup=0.0)
+FAST = StepConfig(learning_rate=1e-3, batch_pairs=4, warmup=0.0)
 
 
 @pytest.fixture

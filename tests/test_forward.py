@@ -284,8 +284,8 @@ def test_two_processes_train_as_one(pairs, tiny_model, tmp_path):
         port = ["--master-port", str(29600 + os.getpid() % 300)]
         own = [str(processes), *port, tmp_path / "step.py", tmp_path / "pairs.parquet", tiny_model]
         command = [sys.executable, *launcher, *own, tmp_path / str(processes)]
-        quiet = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1",
-                 "SDPO_CACHE": str(tmp_path / f"cache{processes}")}  # fmt: skip
+        quiet = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT),
+                 "ACCELERATE_USE_CPU": "1", "SDPO_CACHE": str(tmp_path / f"cache{processes}")}  # fmt: skip
         done = subprocess.run(list(map(str, command)), env=quiet, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         rows = [json.loads((tmp_path / f"{processes}.{processes}.{rank}").read_text()) for rank in range(processes)]

@@ -32,7 +32,7 @@ import sdpo_data as data
 from sdpo_data.console import print_table
 from sdpo_data.models import model_key, save_model
 from sdpo_data.tree import count_tokens
-from sdpo_train import TrainConfig
+from sdpo_train.config import StepConfig
 
 OURS, DEFAULT, PRECOMPUTE, PATIENT = (
     "train_step (ours)",
@@ -100,13 +100,15 @@ def run_way(way: str, source: str, model: str, count: int, batch_pairs: int, max
 def train_ours(source, encoded, model, batch_pairs, max_length, folder: Path) -> list[float]:
     from sdpo_data.store import ScoreStore
     from sdpo_train import dpo
-    from sdpo_train.steps import StepWork
+    from sdpo_train.work import StepWork
 
     dpo.ScoreStore = lambda _, *which: ScoreStore(folder / "store", *which)  # an empty one: nothing is known
     chosen = encoded.select("pair_id").join(data.read_pairs(source), on="pair_id", maintain_order="left")
     key = model_key(model)
     work = StepWork("dpo", 0, 1, chosen, model, key, model, key, None, folder / "step_1")
-    config = TrainConfig(learning_rate=5e-6, batch_pairs=batch_pairs, max_length=max_length)
+    config = StepConfig(
+        learning_rate=5e-6, batch_pairs=batch_pairs, max_length=max_length, diagnose=False, kl_samples=0
+    )
     return [dpo.train_step(work, config)["last_loss"]]
 
 

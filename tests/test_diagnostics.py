@@ -274,6 +274,7 @@ def test_the_alarm_is_not_moved_by_a_few_wild_pairs():
     assert some.select(LOGP_MARGIN.mean()).item() > 400
     assert contamination_alarm(some, s) is None
     # nor do wild pairs of S, whose standard deviation is then 1,500 nats, silence it
+    s = drawn_scores(-38.6, 120.0)
     rude = s.with_columns(rejected_logp=pl.col("rejected_logp") - wild)
     lifted = rude.with_columns(chosen_logp=pl.col("chosen_logp") + 120, model_key=pl.lit("m"))
     assert contamination_alarm(lifted, rude) is not None

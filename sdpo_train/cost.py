@@ -15,14 +15,21 @@ from sdpo_data.assets import model_folder
 from sdpo_data.tables import SdpoError
 
 MASTER = 4  # bytes of a weight, of its gradient and of each of Adam's two moments: all float32
-WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of what the forward pass keeps
+WIDTH = {"float32": 4, "bfloat16": 2}  # bytes of a number of the forward pass
+KEPT_OF_HIDDEN = {"float32": 40, "bfloat16": 34}
+"""Bytes a layer keeps per token and hidden unit: what two norms get and give, in float32 always, what attention and
+feed-forward part get, q, k and v of every head, and what attention gives. Counted with PyTorch's hooks for saved
+tensors on Llama of transformers 5.23 (Mistral and Qwen2 are alike); beside them four vectors of the feed-forward width.
+"""
 PROCESS = {"cpu": 2**30, "cuda": 2**29}  # bytes before any model: Python with torch and TRL, or a GPU's context
+SPARE = 0.1  # share of the count by which a full fine-tune was above it
+SPARE_LORA = 0.45  # with LoRA on a CPU: saved tensors are as counted, but the process does not give back what it freed
 TILE = 2**28  # bytes of logits at once: the head runs over completion tokens in tiles
 Device = Literal["cpu", "cuda"]
 TIMES_FORWARD = 3.0
 """Forward and backward against the forward alone: arXiv 2203.15556, appendix F."""
-AT_MOST = 8.0
-"""Highest measured: padding, unshared prompts and recomputed activations, loading and saving included."""
+AT_MOST = 15.0
+"""Highest measured (LOG.md): padding, unshared prompts, updates, loading and saving, and other work on the machine."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +44,6 @@ class Shape:
     hidden: int
     inner: int
     """Width of the feed-forward part."""
-    key_value: int
-    """Width of all keys, or of all values, of a layer."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +73,17 @@ class Memory:
     saving: int
     """Weights a second time, as bytes while they are saved from RAM; nothing is kept for a backward pass then."""
     process: int
+    spare: int
+    """What measured peaks were above the count of the others, at most (LOG.md)."""
     reference: int
     """Not needed here, and not in the total: what a reference model in memory would add."""
 
     @property
     def total(self) -> int:
+        return self.spare + self._counted
+
+    @property
+    def _counted(self) -> int:
         work = self.gradients + self.activations + self.cast
         return self.process + self.weights + self.optimizer + max(work, self.saving)
 
@@ -105,10 +116,7 @@ def read_shape(model: str | Path) -> Shape:
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="numpy") as file:
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        heads = config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // heads
         inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
-        key_value = width * (getattr(config, "num_key_value_heads", None) or heads)
         layers, hidden = config.num_hidden_layers, config.hidden_size
     except (OSError, ValueError, AttributeError, SafetensorError) as error:
         said = " ".join(str(error).split())[:200]
@@ -117,24 +125,24 @@ def read_shape(model: str | Path) -> Shape:
         shapes.pop("lm_head.weight", None)
     matrices = [shape for name, shape in shapes.items() if len(shape) == 2 and _is_in_a_layer(name)]
     parameters = sum(math.prod(shape) for shape in shapes.values())
-    return Shape(parameters, tuple(matrices), layers, hidden, inner or 4 * hidden, key_value)  # type: ignore[arg-type]
+    return Shape(parameters, tuple(matrices), layers, hidden, inner or 4 * hidden)  # type: ignore[arg-type]
 
 
 def estimate_memory(shape: Shape, unit: Unit) -> Memory:
     """Estimate a unit's memory at its peak, on one device, without sharding.
 
-    What a layer keeps for its backward pass is counted for the usual decoder (two norms, rotary
-    attention without an attention matrix in memory, a gated feed-forward part); all experts of a
-    mixture are weights, one of them is activations.
+    What a layer keeps for its backward pass is that of the usual decoder (two norms, attention
+    without its matrix in memory, a gated feed-forward part); of a mixture of experts all are
+    weights, and one is activations.
 
     Source: 16 bytes a weight for training in float32 with Adam: arXiv 1910.02054, section 3, less
-        their half-precision copies. Activations by counting, as arXiv 2205.05198 does for GPT.
+        their half-precision copies. Activations counted: see KEPT_OF_HIDDEN.
     """
     adapted = unit.lora_rank * sum(rows + columns for rows, columns in shape.matrices)
     trained = adapted if unit.lora_rank else shape.parameters
     weights = MASTER * (shape.parameters + adapted)
     cast = sum(rows * columns for rows, columns in shape.matrices) * 2 if unit.dtype == "bfloat16" else 0
-    return Memory(
+    memory = Memory(
         weights=weights,
         gradients=MASTER * trained,
         optimizer=2 * MASTER * trained,
@@ -142,8 +150,11 @@ def estimate_memory(shape: Shape, unit: Unit) -> Memory:
         cast=cast,
         saving=MASTER * shape.parameters if unit.device == "cpu" else 0,
         process=PROCESS[unit.device],
+        spare=0,
         reference=MASTER * shape.parameters if not unit.lora_rank else 0,
     )
+    share = SPARE_LORA if unit.lora_rank and unit.device == "cpu" else SPARE
+    return replace(memory, spare=round(share * memory._counted))
 
 
 def estimate_duration(
@@ -262,10 +273,8 @@ def advise(shape: Shape, unit: Unit, available: int) -> str | None:
 def _activations(shape: Shape, unit: Unit) -> int:
     """Bytes kept for the backward pass, by chosen and rejected rows padded to the longest."""
     tokens = 2 * unit.device_pairs * unit.longest
-    norms = 2 * 2 * shape.hidden * MASTER  # in float32 always: what goes in, and what it is scaled to
-    attention = 2 * shape.hidden + 4 * shape.hidden + 2 * shape.key_value  # in, q, k, v for every head, out twice
-    feed_forward = shape.hidden + 4 * shape.inner  # in, gate, its activation, up, their product
-    layer = norms + WIDTH[unit.dtype] * (attention + feed_forward)
+    width = WIDTH[unit.dtype]
+    layer = KEPT_OF_HIDDEN[unit.dtype] * shape.hidden + 4 * width * shape.inner + width * unit.longest  # its mask
     if unit.gradient_checkpointing:
         return tokens * (shape.layers * shape.hidden * MASTER + layer)
     return tokens * shape.layers * layer

@@ -1,7 +1,8 @@
 """What a step did to its pairs: METRICS rows from SCORES under S, start, reference and the trained model. No torch.
 
-A mean over pairs carries its standard error, clustered by prompt, as `<name>/stderr`; of pairs of one prompt alone
-there is none. Values before the first update stand at update 0, all others at the step's last.
+A mean over pairs carries its standard error, clustered by prompt, as `<name>/stderr`, unless all prompts gave the same
+or there is but one: then the spread is unknown. Values before the first update stand at update 0, all others at the
+step's last.
 """
 
 import math
@@ -287,11 +288,13 @@ def _histogram(weight: pl.Expr) -> dict[str, pl.Expr]:
 
 
 def _means(values: pl.DataFrame) -> Iterable[tuple[str, float]]:
-    """Average every column but prompt_id; each with its standard error, where that is known."""
-    table = clustered_means(values.with_columns(_all=pl.lit(0)), ["_all"]).drop("_all", "n", "clusters")
-    for name, value in table.row(0, named=True).items():
-        if value is not None:
-            yield f"{name.removesuffix('_stderr')}/stderr" if name.endswith("_stderr") else name, value
+    """Average every column but prompt_id; each with its standard error, where there is a spread to tell it from."""
+    table = clustered_means(values.with_columns(_all=pl.lit(0)), ["_all"]).row(0, named=True)
+    for name in values.columns:
+        if name != "prompt_id":
+            yield name, table[name]
+            if table[f"{name}_stderr"]:
+                yield f"{name}/stderr", table[f"{name}_stderr"]
 
 
 def _drift(

@@ -99,10 +99,14 @@ def test_where_start_is_not_the_reference_change_is_told_from_the_start():
     assert (start["weight/0.6-0.7"], start["weight/0.7-0.8"]) == pytest.approx((2 / 3, 1 / 3))
 
 
-def test_means_have_errors_and_one_prompt_has_none():
-    names = set(diagnose()["name"])
-    plain = {name for name in names if not name.endswith(("/stderr", "/pairs")) and not name.startswith("drift/")}
-    assert {f"{name}/stderr" for name in plain} <= names
+def test_means_have_errors_and_what_shows_no_spread_has_none():
+    metrics = diagnose()
+    of_means = ~pl.col("name").str.contains("^drift/|/pairs$|/stderr$")
+    means = metrics.filter(of_means, ~pl.col("name").str.starts_with("weight/") | pl.col("value").is_between(0.1, 0.9))
+    assert means.height == 4 + 16 + 3
+    assert {f"{name}/stderr" for name in means["name"]} == set(
+        metrics["name"].filter(metrics["name"].str.ends_with("/stderr"))
+    )
     alone = [frame.head(2) for frame in (BASE, BEFORE, AFTER)]  # one prompt: nothing shows its spread
     got = diagnose(**dict(zip(("base", "before", "after"), alone, strict=True)))
     assert not got["name"].str.ends_with("stderr").any()
@@ -274,6 +278,7 @@ def test_the_alarm_is_not_moved_by_a_few_wild_pairs():
     assert some.select(LOGP_MARGIN.mean()).item() > 400
     assert contamination_alarm(some, s) is None
     # nor do wild pairs of S, whose standard deviation is then 1,500 nats, silence it
+    s = drawn_scores(-38.6, 120.0)
     rude = s.with_columns(rejected_logp=pl.col("rejected_logp") - wild)
     lifted = rude.with_columns(chosen_logp=pl.col("chosen_logp") + 120, model_key=pl.lit("m"))
     assert contamination_alarm(lifted, rude) is not None

@@ -70,6 +70,10 @@ def test_clusters_by_hand(scores):
     # squares of a b c e sum to 4.69 + 0.45 + 0.06, of ad and bce 1.58 + 2.44 + 2.83; d's mean -1 is below their 0.19
     further = ["chosen_tokens", "chosen_tokens * chosen_tokens"]
     assert steps(scores, cut="kmeans", cluster_on=further) == expected("d", "abce")
+    # a unit of measurement says nothing: scaled, ad and bce leave 4.02, d and the others 5.13
+    assert steps(scores, cut="kmeans", cluster_on=["1000 * chosen_tokens"]) == expected("ad", "bce")
+    # nor does what is the same for all
+    assert steps(scores, cut="kmeans", cluster_on=["0 * chosen_tokens"]) == expected("ad", "bce")
 
 
 def test_too_few_points_are_no_clusters(scores):

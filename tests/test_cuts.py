@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
+from sdpo_data.config import read_command
 from sdpo_data.orders import rearrange
 from sdpo_data.partition import PartitionConfig, divide_pairs, partition_pairs
 from sdpo_data.tables import DROPPED, PARTITION, SdpoError, check
@@ -354,3 +355,10 @@ def test_weighted_cuts_are_off_by_no_more_than_the_largest_unit(scores, parts, d
     }
     sums = got.join(tokens, on="pair_id").group_by("step").agg(pl.sum("size"))["size"]
     assert (sums - tokens["size"].sum() / parts).abs().max() <= units[by]
+
+
+def test_numbers_come_through_the_command_line_whatever_their_sign(tmp_path):
+    flags = ["--parts", "3", "--cut", "thresholds", "--at", "-1", "0.5", "--drop-suspect", "-2", "--by", "prompt"]
+    call = read_command("partition", "", "partition", {"partition": PartitionConfig}, [str(tmp_path), *flags])
+    config = PartitionConfig(parts=3, cut="thresholds", at=[-1.0, 0.5], drop_suspect=-2.0, by="prompt")
+    assert call.settings["partition"] == config

@@ -52,11 +52,11 @@ def cut_by_value(units: pl.DataFrame, cut: Cut, parts: int, at: Sequence[float],
 
     thresholds: part 1 is below at[0], and so on; exactly at a threshold belongs to the harder part.
     quantiles: thresholds at these quantiles of the units' difficulties (linear between two).
-    kmeans: clusters of the columns that are not unit, source or counts, each scaled to a standard
-        deviation of 1; numbered by their mean difficulty, then by their first unit.
+    kmeans: clusters of difficulty and the columns cluster_*, each scaled to a standard deviation of 1;
+        numbered by their mean difficulty, then by their first unit.
 
     Args:
-        units: unit, difficulty; for kmeans further measures; in an order that does not depend on the
+        units: unit, difficulty; for kmeans also cluster_*; in an order that does not depend on the
             order of the rows they came from.
         at: thresholds or quantiles, rising, one less than parts.
         seed: of the starts of kmeans.
@@ -99,7 +99,7 @@ def _clusters(units: pl.DataFrame, parts: int, seed: int) -> pl.Series:
     from sklearn.cluster import KMeans  # takes a second: only where it is asked for
     from sklearn.exceptions import ConvergenceWarning
 
-    measures = units.drop("unit", "source", "pairs", "tokens", strict=False).to_numpy()
+    measures = units.select("difficulty", "^cluster_.*$").to_numpy()
     spread = measures.std(axis=0)
     if len(np.unique(measures, axis=0)) < parts:
         raise SdpoError(

@@ -27,25 +27,14 @@ from sdpo_data.config import Command, Settings, read_command
 from sdpo_data.console import command, say
 from sdpo_data.cuts import BY_VALUE, Cut, cut_by_rank, cut_by_value, refuse_small
 from sdpo_data.describe import length_correlation, print_report
-from sdpo_data.difficulty import Difficulty, difficulty_named
 from sdpo_data.orders import Order, Within
 from sdpo_data.pairs import PairsConfig, make_pairs
 from sdpo_data.score import ScoreConfig, make_scores
-from sdpo_data.tables import (
-    DROPPED,
-    LOGP_MARGIN,
-    MARGIN_PER_TOKEN,
-    PARTITION,
-    SCORES,
-    TOKEN_DIFFERENCE,
-    SdpoError,
-    check,
-)
+from sdpo_data.tables import DROPPED, PARTITION, SCORES, SdpoError, check
+from sdpo_data.units import difficulties_of, measure_pairs, rank_units, unit_column
 
 log = logging.getLogger(__name__)
 
-UNITS = {"pair": "pair_id", "prompt": "prompt_id"}
-TOKENS = 2 * pl.col("prompt_tokens") + pl.col("chosen_tokens") + pl.col("rejected_tokens")
 HELD_OUT_PARTS = "held_out_parts"  # the table of the pairs that hold_out takes
 
 
@@ -169,13 +158,13 @@ def divide_pairs(scores: pl.DataFrame, config: PartitionConfig, *, pairs: pl.Dat
         Divided: every pair of `scores` is either in its partition or in its dropped, once.
     """
     scores = check(scores, SCORES, "scores")
-    measured = _measured(scores, config, pairs)
+    measured = measure_pairs(scores, config, pairs)
     total, lost = scores.height, []
     if config.drop_suspect is not None:
         suspect = pl.col("per_token") < config.drop_suspect
         lost.append(_as_dropped(measured.filter(suspect), f"margin per token below {config.drop_suspect:g} nats"))
         measured = measured.filter(~suspect)
-    units = _units(measured, config)
+    units = rank_units(measured, config)
     hardest, easiest = (math.floor(share * units.height + 1e-9) for share in (config.drop_hardest, config.drop_easiest))
     for extreme, reason in ((units.tail(hardest), "hardest"), (units.head(easiest), "easiest")):
         if extreme.height:
@@ -205,7 +194,8 @@ def make_partition(call: Command, scores: pl.DataFrame, pairs: pl.DataFrame) -> 
     config = call.settings["partition"]
     assert isinstance(config, PartitionConfig)
     recipe = config.model_dump() | _files(config)
-    with call.run.stage("partition", recipe, ["scores"], force=call.force) as stage:
+    inputs = ["scores"] if unit_column(config, pairs) in SCORES else ["scores", "pairs"]
+    with call.run.stage("partition", recipe, inputs, force=call.force) as stage:
         if stage.current:
             return call.run.partition
         divided = divide_pairs(scores, config, pairs=pairs)
@@ -223,7 +213,7 @@ def main() -> None:
     call = read_command("python -m sdpo_data.partition", __doc__, "partition", sections)
     config = call.settings["partition"]
     assert isinstance(config, PartitionConfig)
-    _difficulties(config)  # refuse what cannot work before the hour of scoring, not after it
+    difficulties_of(config)  # refuse what cannot work before the hour of scoring, not after it
     made = call.run.lineage.get("partition")
     pairs = workers.main_first(lambda: make_pairs(call), lambda: call.run.pairs)
     _check_ahead(config, pairs, call)
@@ -244,24 +234,12 @@ def main() -> None:
     say(f"{config.difficulty} against the token difference chosen - rejected: rank correlation {rho:+.2f} (n = {n:,})")
 
 
-def _difficulties(config: PartitionConfig) -> list[Difficulty]:
-    """Give the difficulty that ranks, then those that only kmeans looks at."""
-    found = [difficulty_named(name) for name in (config.difficulty, *config.cluster_on)]
-    for difficulty in found:
-        if config.by == "pair" and not difficulty.single_pairs:
-            raise SdpoError(
-                f"partition.difficulty {difficulty.name!r} is a share over many pairs and cannot rank single ones. "
-                "Set partition.by to 'source', or partition.difficulty to 'margin_per_token'."
-            )
-    return found
-
-
 def _check_ahead(config: PartitionConfig, pairs: pl.DataFrame, call: Command) -> None:
     """Refuse what the scores of these pairs will not allow, as far as it can be known before they are made."""
     score = call.settings["score"]
     assert isinstance(score, ScoreConfig)
     against = score.against
-    for difficulty in _difficulties(config):
+    for difficulty in difficulties_of(config):
         if any(column.startswith("against_") for column in difficulty.columns) and against in (None, call.model):
             raise SdpoError(
                 f"partition.difficulty {difficulty.name!r} needs the log-probabilities of a second model, but "
@@ -269,78 +247,18 @@ def _check_ahead(config: PartitionConfig, pairs: pl.DataFrame, call: Command) ->
             )
         if difficulty.columns <= set(pairs.columns):
             difficulty.measure(pairs)
-    _unit_column(config, pairs)
+    unit_column(config, pairs)
 
 
 def _files(config: PartitionConfig) -> dict[str, str]:
     """Give the content hash of every file a difficulty is read from: another content is another partition."""
-    return {d.name: key for d in _difficulties(config) if (key := d.fingerprint) is not None}
-
-
-def _unit_column(config: PartitionConfig, pairs: pl.DataFrame | None) -> str:
-    """Name the column whose values are the units; of SCORES, or else of PAIRS."""
-    column = UNITS.get(config.by, config.by)
-    if column not in SCORES and (pairs is None or column not in pairs.columns):
-        has = [*UNITS, *dict.fromkeys([*SCORES, *(pairs.columns if pairs is not None else [])])]
-        also = "" if pairs is not None else "; of a column of PAIRS give the pairs too"
-        raise SdpoError(f"partition.by {config.by!r} is no unit. There are: {', '.join(has)}{also}.")
-    return column
-
-
-def _measured(scores: pl.DataFrame, config: PartitionConfig, pairs: pl.DataFrame | None) -> pl.DataFrame:
-    """Give every pair its unit and its measures."""
-    good = LOGP_MARGIN.is_finite() & (pl.min_horizontal("chosen_tokens", "rejected_tokens") > 0)
-    if not scores.select(good.all()).item():
-        bad = scores.filter(~good)["pair_id"]
-        raise SdpoError(
-            f"{bad.len()} of {scores.height} pairs have a non-finite log-probability or an answer of 0 tokens, e.g. "
-            f"pair_id {bad[0]!r}. Score again in float32, or drop them."
-        )
-    difficulties, column = _difficulties(config), _unit_column(config, pairs)
-    measures: dict[str, pl.Expr] = {}
-    if config.cut == "tokens":
-        measures["tokens"] = TOKENS
-    if config.order == "token_difference":
-        measures["length"] = TOKEN_DIFFERENCE
-    if config.drop_suspect is not None:
-        measures["per_token"] = MARGIN_PER_TOKEN
-    needed = {"pair_id", "source"} | {"prompt_id"} if config.hold_out else {"pair_id", "source"}
-    needed |= {name for d in difficulties for name in d.columns}
-    needed |= {name for measure in measures.values() for name in measure.meta.root_names()}
-    if any(name.startswith("against_") for name in needed):
-        needed |= {"against_key", "model_key"}
-    if column in SCORES:
-        needed.add(column)
-    rows = scores.select(sorted(needed))  # of ten million rows, only what is looked at
-    if config.by != "pair" or not all(d.row_by_row for d in difficulties):
-        rows = rows.sort("pair_id")  # for sums to the last bit, and expressions that look at neighbouring rows
-    if column not in SCORES:
-        assert pairs is not None
-        rows = rows.join(pairs.select("pair_id", column), on="pair_id", how="left", maintain_order="left")
-    without = rows.filter(pl.col(column).is_null())["pair_id"]
-    if without.len():
-        raise SdpoError(
-            f"partition.by {config.by!r} has no value for {without.len():,} of {rows.height:,} pairs, e.g. pair_id "
-            f"{without[0]!r}. Fill it in, or choose another unit."
-        )
-    values = [d.measure(rows).alias(f"cluster_{i}" if i else "difficulty") for i, d in enumerate(difficulties)]
-    keep = ["pair_id", "source", *(["prompt_id"] if config.hold_out else [])]
-    return rows.select(*keep, *values, unit=pl.col(column).cast(pl.String), **measures)
-
-
-def _units(measured: pl.DataFrame, config: PartitionConfig) -> pl.DataFrame:
-    """Average the measures over each unit, count its pairs and tokens; easiest first, ties by the unit."""
-    if config.by == "pair":
-        units = measured.drop("pair_id", "prompt_id", "per_token", strict=False).with_columns(pairs=pl.lit(1))
-    else:
-        means = [name for name in measured.columns if name in ("difficulty", "length") or name.startswith("cluster_")]
-        tokens = [pl.col("tokens").sum()] if "tokens" in measured.columns else []
-        units = measured.group_by("unit").agg(pl.col("source").min(), pl.col(means).mean(), *tokens, pairs=pl.len())
-    return orders.sort_by_difficulty(units, "unit")
+    return {d.name: key for d in difficulties_of(config) if (key := d.fingerprint) is not None}
 
 
 def _stepped(units: pl.DataFrame, config: PartitionConfig) -> pl.DataFrame:
     """Give every unit its step."""
+    if units.is_empty():
+        raise SdpoError("No pair is left to be cut into steps. Score more pairs, or leave fewer of them out.")
     if units.height < config.parts:
         remedy = "" if config.by == "pair" else ", or set partition.by to 'pair'"
         raise SdpoError(

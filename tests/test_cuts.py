@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
+from sdpo_data.config import read_command
 from sdpo_data.orders import rearrange
 from sdpo_data.partition import PartitionConfig, divide_pairs, partition_pairs
 from sdpo_data.tables import DROPPED, PARTITION, SdpoError, check
@@ -70,6 +71,10 @@ def test_clusters_by_hand(scores):
     # squares of a b c e sum to 4.69 + 0.45 + 0.06, of ad and bce 1.58 + 2.44 + 2.83; d's mean -1 is below their 0.19
     further = ["chosen_tokens", "chosen_tokens * chosen_tokens"]
     assert steps(scores, cut="kmeans", cluster_on=further) == expected("d", "abce")
+    # a unit of measurement says nothing: scaled, ad and bce leave 4.02, d and the others 5.13
+    assert steps(scores, cut="kmeans", cluster_on=["1000 * chosen_tokens"]) == expected("ad", "bce")
+    # nor does what is the same for all
+    assert steps(scores, cut="kmeans", cluster_on=["0 * chosen_tokens"]) == expected("ad", "bce")
 
 
 def test_too_few_points_are_no_clusters(scores):
@@ -104,6 +109,9 @@ def test_any_column_is_a_unit(scores, caplog):
         SdpoError, match=r"partition\.by 'topic' is no unit\. .*of a column of PAIRS give the pairs too"
     ):
         partition_pairs(scores, PartitionConfig(by="topic"))
+    twice = pl.concat([pairs, pairs.with_columns(topic=pl.lit("z"))])
+    with pytest.raises(SdpoError, match=r"pairs has several values of 'topic' for pair_id 'a'"):
+        partition_pairs(scores, PartitionConfig(by="topic"), pairs=twice)
     with pytest.raises(SdpoError, match=r"'topic' has no value for 2 of 5 pairs, e\.g\. pair_id 'd'"):
         partition_pairs(scores, PartitionConfig(by="topic"), pairs=pairs.tail(3))
 
@@ -139,6 +147,17 @@ def test_what_is_left_out_by_hand(scores):
         "b": "of the hardest 1 pair(s)",
     }
     check(got.dropped, DROPPED, "dropped")
+
+
+def test_where_nothing_is_left_it_is_said(scores):
+    with pytest.raises(SdpoError, match=r"No pair is left to be cut into steps\. Score more pairs, or leave fewer"):
+        partition_pairs(scores, PartitionConfig(drop_suspect=99.0))
+
+
+def test_clusters_do_not_look_at_what_only_an_order_needs(scores):
+    order = rearrange(partition_pairs(scores, PartitionConfig(cut="kmeans")), "token_difference", scores=scores)
+    got = partition_pairs(scores, PartitionConfig(cut="kmeans", order="token_difference"))
+    assert_frame_equal(got, order)
 
 
 def test_what_is_left_out_is_said(scores, caplog):
@@ -293,12 +312,12 @@ def test_every_pair_is_in_one_step_or_dropped_with_a_reason(scores, data):
         got = divide_pairs(scores, config)
     except SdpoError as error:
         said = str(error)
-        assert "Cannot cut" in said or "fewer than partition.min_pairs" in said
+        why = ("Cannot cut", "fewer than partition.min_pairs", "No pair is left")
+        assert any(reason in said for reason in why)
         return
     partition, dropped = check(got.partition, PARTITION, "partition"), check(got.dropped, DROPPED, "dropped")
-    assert sorted([*partition["pair_id"], *dropped["pair_id"]]) == sorted(
-        scores["pair_id"]
-    )  # rows in = rows out + dropped
+    # rows in = rows out + rows dropped
+    assert sorted([*partition["pair_id"], *dropped["pair_id"]]) == sorted(scores["pair_id"])
     assert sorted(partition["step"].unique()) == list(range(1, config.parts + 1))
     assert partition["rank"].to_list() == list(range(partition.height))
     assert got.held_out.height == dropped.filter(pl.col("reason").str.starts_with("held out")).height
@@ -336,3 +355,10 @@ def test_weighted_cuts_are_off_by_no_more_than_the_largest_unit(scores, parts, d
     }
     sums = got.join(tokens, on="pair_id").group_by("step").agg(pl.sum("size"))["size"]
     assert (sums - tokens["size"].sum() / parts).abs().max() <= units[by]
+
+
+def test_numbers_come_through_the_command_line_whatever_their_sign(tmp_path):
+    flags = ["--parts", "3", "--cut", "thresholds", "--at", "-1", "0.5", "--drop-suspect", "-2", "--by", "prompt"]
+    call = read_command("partition", "", "partition", {"partition": PartitionConfig}, [str(tmp_path), *flags])
+    config = PartitionConfig(parts=3, cut="thresholds", at=[-1.0, 0.5], drop_suspect=-2.0, by="prompt")
+    assert call.settings["partition"] == config

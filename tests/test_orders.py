@@ -179,6 +179,22 @@ def test_stratified_steps_have_the_mix_of_the_whole(frame, seed):
                 assert abs(count - end * size / n) < 2 + 2 * len(sizes) * size / n
 
 
+def test_stratified_steps_are_far_more_alike_than_random_ones():
+    # 1,200 pairs in steps of 300 and 900: a twelfth of [0, 1) is 25 stretches of step 1 and 75 of step 2, so of every
+    # 100 neighbours by source and difficulty just 25 are in step 1; random steps have a deviation of 4.1 there
+    rows = [(f"p{i:04}", "xy"[i % 2], 1 + (i >= 300), i, i / 7, "made") for i in range(1200)]
+    frame = pl.DataFrame(rows, PARTITION, orient="row")
+    counts = {"stratified": [], "random": []}
+    for order, found in counts.items():
+        for seed in range(20):
+            got = rearrange(frame, order, seed=seed).sort("source", "difficulty")
+            found += [part.filter(pl.col("step") == 1).height for part in got.iter_slices(100)]
+    assert set(counts["stratified"]) == {25}
+    assert max(abs(count - 25) for count in counts["random"]) > 6
+    first, second = (rearrange(frame, "stratified", seed=seed).filter(pl.col("step") == 1) for seed in (0, 1))
+    assert first.join(second, on="pair_id").height < 150  # drawn anew by every seed, not dealt in turn
+
+
 @settings(max_examples=40, deadline=None)
 @given(partitions(), st.floats(0, 0.6), st.data())
 def test_what_drops_takes_the_hardest_and_keeps_the_proportions(frame, share, data):

@@ -194,7 +194,7 @@ def check(frame: pl.DataFrame, schema: pl.Schema, name: str) -> pl.DataFrame:
     if schema in (PAIRS, SCORES, PARTITION) and frame["pair_id"].is_duplicated().any():
         repeated = frame.filter(pl.col("pair_id").is_duplicated())["pair_id"]
         raise SdpoError(
-            f"{name} has {repeated.n_unique()} repeated pair_id(s), e.g. {repeated[0]!r}. "
+            f"{name} has {repeated.n_unique()} repeated pair_id(s), e.g. {repeated[0][:40]!r}. "
             "Was the frame concatenated twice?"
         )
     return frame

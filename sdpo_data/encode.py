@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import polars as pl
 
+from sdpo_data.messages import decode_messages
 from sdpo_data.tables import MESSAGES, PAIRS, SdpoError, check
 
 if TYPE_CHECKING:
@@ -96,8 +97,9 @@ def render_pair(row: dict, tokenizer: "PreTrainedTokenizerBase") -> tuple[str, s
         chosen, rejected = (row[side].removesuffix(eos) + eos for side in ("chosen", "rejected"))
         return row["prompt"], row["prompt"] + chosen, row["prompt"] + rejected
     system = [{"role": "system", "content": row["system"]}] if row["system"] is not None else []
-    prompt = system + json.loads(row["prompt"])
-    with_chosen, with_rejected = (prompt + json.loads(row[side]) for side in ("chosen", "rejected"))
+    said = {side: decode_messages(row[side], row["pair_id"], side) for side in ("prompt", "chosen", "rejected")}
+    prompt = system + said["prompt"]
+    with_chosen, with_rejected = prompt + said["chosen"], prompt + said["rejected"]
     if not tokenizer.chat_template:
         return _plainly(prompt) + "\n\nAssistant:", _plainly(with_chosen) + eos, _plainly(with_rejected) + eos
     tools = json.loads(row["tools"]) if row["tools"] is not None else None

@@ -8,7 +8,6 @@ Examples:
     python -m sdpo_data.export runs/a --to trl llama_factory axolotl openrlhf datasets
 """
 
-import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import pydantic
 from sdpo_data.assets import is_embedded, model_folder
 from sdpo_data.config import Settings, read_command, read_section
 from sdpo_data.console import command, print_table, say
+from sdpo_data.messages import decode_messages
 from sdpo_data.run import write_atomically
 from sdpo_data.tables import MESSAGES, PAIRS, PARTITION, TEXT, SdpoError, check
 from sdpo_data.trainers import TRAINERS, Job, Row, TrainerSettings, llama_factory_info, llama_factory_row
@@ -103,6 +103,7 @@ def _ordered(pairs: pl.DataFrame, partition: pl.DataFrame) -> dict[int, list[Row
     pairs = check(pairs, PAIRS, "pairs")
     if partition.is_empty():
         raise SdpoError("There is no step to export: the partition is empty.")
+    check(partition.clear(), PARTITION, "partition")
     steps: dict[int, list[Row]] = {}
     for (step,), part in partition.sort("step", "rank").group_by("step", maintain_order=True):
         part = check(part, PARTITION, f"step {step} of partition").select("pair_id", "step", "rank")
@@ -125,7 +126,9 @@ def _ordered(pairs: pl.DataFrame, partition: pl.DataFrame) -> dict[int, list[Row
 
 def _row(pair: Row) -> Row:
     """Write a pair as TRL reads it, the system message first in the prompt."""
-    sides = {side: json.loads(pair[side]) if pair["format"] == MESSAGES else pair[side] for side in SIDES}
+    sides = {side: pair[side] for side in SIDES}
+    if pair["format"] == MESSAGES:
+        sides = {side: decode_messages(text, pair["pair_id"], side) for side, text in sides.items()}
     if pair["system"] is not None:
         sides["prompt"] = [{"role": "system", "content": pair["system"]}, *sides["prompt"]]
     return {name: pair[name] for name in COLUMNS if name not in SIDES} | sides | {"tools": pair["tools"]}

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import polars as pl
 
-from sdpo_data.tables import MESSAGES
+from sdpo_data.tables import MESSAGES, SdpoError
 
 PromptFormat = Literal["auto", "messages", "text"]
 Row = dict[str, Any]
@@ -74,16 +74,46 @@ def read_tools(cell: Any) -> str | None:
 
 def plain_texts(pairs: pl.DataFrame, column: str) -> pl.Series:
     """Give what `column` of PAIRS says: text as it is, of messages their contents and tool calls, a line each."""
-    contents = (
-        pl.when(pl.col("format") == MESSAGES)
-        .then(column)
-        .str.json_decode(pl.List(pl.Struct({"content": pl.String})))
-        .list.eval(pl.element().struct.field("content"))
-        .list.join("\n")
-    )
-    calls = (pl.col("format") == MESSAGES) & pl.col(column).str.contains('"tool_calls": ', literal=True)
+    as_messages = pl.col("format") == MESSAGES
+    decoded = _decoded(pairs.select("pair_id", pl.when(as_messages).then(column).alias(column)), column)
+    contents = decoded.list.eval(pl.element().struct.field("content")).list.join("\n")
+    calls = as_messages & pl.col(column).str.contains('"tool_calls": ', literal=True)
     said = pl.when(calls).then(pl.col(column).map_elements(_with_calls, pl.String)).otherwise(contents)
     return pairs.select(pl.coalesce(said, column)).to_series()
+
+
+def _decoded(pairs: pl.DataFrame, column: str) -> pl.Series:
+    """Decode a column of messages, null where it is; what is none is refused by its pair_id."""
+    kind = pl.List(pl.Struct({"role": pl.String, "content": pl.String}))
+    rows = pairs.select("pair_id", column)
+    try:
+        decoded = rows[column].str.json_decode(kind)
+    except pl.exceptions.PolarsError:  # it names no row, and refuses a NaN, which Python reads
+        whole = [text if text is None else decode_messages(text, pair_id, column) for pair_id, text in rows.iter_rows()]
+        return pl.Series(
+            [m if m is None else [{"role": x["role"], "content": x["content"]} for x in m] for m in whole], dtype=kind
+        )
+    holes = decoded.list.eval(pl.any_horizontal(pl.element().struct.field("role", "content").is_null())).list.any()
+    odd = holes | (decoded.list.len() == 0) | (decoded.is_null() != rows[column].is_null())
+    for pair_id, text in rows.filter(odd.fill_null(False)).iter_rows():
+        decode_messages(text, pair_id, column)
+    return decoded
+
+
+def decode_messages(text: str, pair_id: str, column: str) -> list[dict[str, Any]]:
+    """Decode what PAIRS holds of a pair whose format is messages.
+
+    Raises:
+        SdpoError: it is not a JSON list of messages with a role and a content.
+    """
+    messages = _json_or_none(text)
+    whole = isinstance(messages, list) and read_messages(messages) is not None
+    if not whole or not all(isinstance(one, dict) and "role" in one and "content" in one for one in messages):
+        raise SdpoError(
+            f"pairs.{column} of pair {pair_id!r} is no JSON list of messages, though its format says so "
+            f"(it begins with {text[:40]!r}). Read the pairs anew, or write messages as role and content."
+        )
+    return messages
 
 
 def _with_calls(messages: str) -> str:

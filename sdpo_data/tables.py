@@ -199,6 +199,6 @@ def check(frame: pl.DataFrame, schema: pl.Schema, name: str) -> pl.DataFrame:
             where = f" in step {repeated['step'][0]}" if schema == PARTITION else ""
             raise SdpoError(
                 f"{name} has {repeated['pair_id'].n_unique()} repeated pair_id(s), e.g. "
-                f"{repeated['pair_id'][0]!r}{where}. Was the frame concatenated twice?"
+                f"{repeated['pair_id'][0][:40]!r}{where}. Was the frame concatenated twice?"
             )
     return frame

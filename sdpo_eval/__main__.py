@@ -8,10 +8,12 @@ Examples:
     python -m sdpo_eval runs/a --tasks h4 winogrande    # and another task of lm-eval, kept apart
     python -m sdpo_eval runs/a --documents              # what is asked, as text, for decontamination
     python -m sdpo_eval --model my/model --limit 200
+    accelerate launch -m sdpo_eval runs/a               # on several devices: the same numbers, sooner
 """
 
 import polars as pl
 
+from sdpo_data import workers
 from sdpo_data.config import Command, read_command
 from sdpo_data.console import command, print_table, say
 from sdpo_data.models import load_tokenizer
@@ -33,6 +35,8 @@ def main() -> None:
     )
     config, steps = call.settings["eval"], call.run.steps
     assert isinstance(config, EvalConfig)
+    if call.asked and not workers.is_main():
+        return None
     if "documents" in call.asked:
         return _write_documents(call, config)
     if "show" in call.asked:
@@ -40,6 +44,8 @@ def main() -> None:
     plan = plan_evaluation(steps if steps.height else call.model, config, call.run, base=call.model, force=call.force)
     made, path = call.run.lineage.get("results"), call.run.path / "results.parquet"
     results = carry_out(plan)
+    if not workers.is_main():
+        return None
     if call.run.lineage.get("results") == made:
         say(f"up to date: {path}")
     else:

@@ -12,6 +12,7 @@ import polars as pl
 import pydantic
 import ruamel.yaml
 
+from sdpo_data import workers
 from sdpo_data.config import Settings, merge_config
 from sdpo_data.models import model_key
 from sdpo_data.run import Run
@@ -116,7 +117,7 @@ def plan_evaluation(
 ) -> Plan:
     """Find out whom to ask what, and refuse what cannot be, before anything is done: see `evaluate`."""
     candidates = _candidates(models, run, base)
-    questions = plan_questions(config, run)
+    questions = workers.from_main(lambda: plan_questions(config, run))  # one of them asks the hub, or all may differ
     missing = [name for name in h4_tasks(config) if name not in questions or not questions[name].documents]
     if not force:
         for candidate in candidates:
@@ -131,15 +132,17 @@ def plan_questions(config: EvalConfig, run: Run) -> dict[str, Questions]:
     return {name: asked for name, asked in found.items() if asked}
 
 
-def list_documents(questions: Iterable[Questions]) -> pl.DataFrame:
-    """Give what is evaluated as text, to hold training data against: DOCUMENTS, one row per item asked."""
-    rows = []
-    for asked in questions:
-        documents = asked.documents or {}
-        for item_id in asked.chosen if documents else []:
-            subject, _, row = item_id.rpartition("/")
-            text = document_text(documents[subject][asked.task.split][int(row)])
-            rows.append((asked.protocol, asked.task.name, item_id, text))
+def list_documents(questions: Iterable[Questions], *, every: bool = False) -> pl.DataFrame:
+    """Give what is evaluated as text, to hold training data against: DOCUMENTS.
+
+    Args:
+        every: all items of the tasks; if not, those that are asked.
+    """
+    rows = [
+        (asked.protocol, asked.task.name, item_id, document_text(asked.document(item_id)))
+        for asked in questions
+        for item_id in ((asked.every if every else asked.chosen) if asked.documents else [])
+    ]
     return pl.DataFrame(rows, DOCUMENTS, orient="row")
 
 
@@ -186,6 +189,11 @@ def _key(model: Any) -> str:
     if isinstance(model, str | Path):
         return model_key(model)
     if isinstance(model, tuple):
+        if any(parameter.is_meta for parameter in model[0].parameters()):
+            raise SdpoError(
+                f"A loaded {type(model[0]).__name__} has weights off its device, so it is not known by them. Give its "
+                "folder: what is larger than a device is spread over several by itself."
+            )
         return model_key(model[0])
     raise SdpoError(
         f"Cannot evaluate a {type(model).__name__}. Give a folder, a hub id, embedded:NAME, or (model, tokenizer)."

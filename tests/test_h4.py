@@ -283,7 +283,8 @@ def test_another_lm_eval_is_another_protocol(small, folder, monkeypatch):
 def items(task, scores, subject=None, arm="base", step=0):
     rows = [
         {"arm": arm, "seed": 0, "step": step, "model_key": f"{arm}{step}", "protocol": f"h4-lmeval@{task}",
-         "task": task, "item_id": f"{subject or task}/{row}", "subject": subject or task, "correct": None,
+         "task": task, "item_id": f"{subject or task}/{row}", "subject": subject or task,
+         "cluster": f"{subject or task}/{row}", "correct": None,
          "score": score, "gold_logp": -1.0, "choice_logps": [-1.0, -2.0]}
         for row, score in enumerate(scores)
     ]  # fmt: skip

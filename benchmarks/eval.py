@@ -40,7 +40,7 @@ def main(
     data_dir: str = "embedded:h4",
     model: str = "embedded:smollm2-135m",
     items: tuple[int, int, int] = (4, 5, 12),
-    mmlu: tuple[int, int] = (2, 40),
+    mmlu: tuple[int, int] = (2, 30),
     batch_size: int = 8,
     count: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False,
     requests: Path | None = None,

@@ -1,6 +1,7 @@
 """Evaluate RUN's base model and every finished step on H4's tasks, all on the same items.
 
-Without RUN, one model, of which nothing is kept.
+Without RUN, one model, of which nothing is kept. A gate for CI takes two models, so it is in
+`python -m sdpo_eval.compare RUN --fail-if-worse 1.0`.
 
 Examples:
     python -m sdpo_eval runs/a                          # all 26,073 items: for a GPU

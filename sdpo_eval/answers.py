@@ -27,7 +27,11 @@ SAVE_SECONDS = 60.0  # between two writes: what a kill can cost
 
 
 def answer_requests(
-    model: "PreTrainedModel", task: h4.Task, requests: pl.DataFrame, token_budget: int, advance: Callable[[int], None]
+    model: "PreTrainedModel",
+    task: h4.Task,
+    requests: pl.DataFrame,
+    token_budget: int | None,
+    advance: Callable[[int], None],
 ) -> Iterator[list[dict[str, Any]]]:
     """Have a model weigh the choices of each question, and score its answers.
 

@@ -5,19 +5,20 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import polars as pl
 
 from sdpo_data import workers
 from sdpo_data.console import progress
 from sdpo_data.prefix import score_completions
-from sdpo_data.run import Run, Stage, write_atomically
-from sdpo_data.tables import DOCUMENTS, ITEMS, RESULTS, STEPS, SdpoError
+from sdpo_data.run import Run
+from sdpo_data.tables import ITEMS, RESULTS, SdpoError
 from sdpo_data.tree import count_tokens
 from sdpo_eval import h4
 from sdpo_eval.answers import answer_requests, opened, reading_length
 from sdpo_eval.clean import Clean, read_clean
+from sdpo_eval.others import evaluate_other, other_results
 from sdpo_eval.plan import (
     UNIT,
     Candidate,
@@ -25,7 +26,6 @@ from sdpo_eval.plan import (
     Plan,
     describe_cost,
     list_documents,
-    other_limit,
     other_tasks,
     plan_evaluation,
     recipe_of,
@@ -83,11 +83,11 @@ def carry_out(plan: Plan) -> pl.DataFrame:
     Processes of `accelerate launch` share the forward passes; the main one alone reads and writes the run.
     """
     known, first = workers.from_main(lambda: ITEMS.to_frame() if plan.force else plan.run.items), True
-    _keep_texts(plan, list_documents(plan.questions.values(), every=True))
+    plan.keep_texts(list_documents(plan.questions.values(), every=True))
     for candidate in plan.candidates:
         with opened(candidate, plan) as engine:
             for name in other_tasks(plan.config):  # before H4, which takes longer: a misspelt name is found at once
-                _evaluate_other(plan, candidate, name, engine)
+                evaluate_other(plan, candidate, name, engine)
             requests = _encode_missing(plan, candidate, known, engine)
             if first and any(frame.height for frame in requests.values()):
                 if workers.is_main():
@@ -96,14 +96,6 @@ def carry_out(plan: Plan) -> pl.DataFrame:
             for name, asked in plan.questions.items():
                 known = _evaluate_task(plan, candidate, asked, known, requests[name], engine)
     return workers.from_main(lambda: _write_results(plan))
-
-
-def _keep_texts(plan: Plan, documents: pl.DataFrame) -> None:
-    """Write questions as text, once for each task and protocol: what flips is shown by it."""
-    for (task, protocol), own in documents.group_by("task", "protocol"):
-        path = plan.run.path / f"questions/{task}-{protocol}.parquet"
-        if workers.is_main() and not path.exists():
-            write_atomically(path, own.write_parquet)
 
 
 def _missing(candidate: Candidate, asked: Questions, known: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
@@ -191,58 +183,12 @@ def _evaluate_task(
             for answers in parts:
                 new = [constant | answer | {"cluster": asked.cluster(answer["item_id"])} for answer in answers]
                 rows = rows.vstack(pl.DataFrame(new, ITEMS))
-                _keep(plan, stage, unit, rows)
+                plan.keep(stage, unit, rows)
         if not missing:
-            _keep(plan, stage, unit, rows)
+            plan.keep(stage, unit, rows)
         seconds = time.monotonic() - started
         log.info("%s: %d items answered in %.0f s, %d known before", unit, len(missing), seconds, len(same))
     return pl.concat([known, rows])
-
-
-def _keep(plan: Plan, stage: Stage, table: str, frame: pl.DataFrame) -> None:
-    if workers.is_main():
-        stage.write(table, frame)
-        plan.save_settings()
-
-
-def _evaluate_other(plan: Plan, candidate: Candidate, name: str, engine: "Engine") -> None:
-    """Evaluate a task beside H4, whole: its RESULTS are kept in other_tasks/, its items with the others."""
-    config, items = plan.config, candidate.unit(name)
-    unit = items.replace("items/", "other_tasks/")
-    recipe = {"model_key": candidate.model_key, "task": name, "limit": other_limit(config), "dtype": config.dtype}
-    recipe |= {"task_dir": config.task_dir}
-    own = {"arm": candidate.arm, "seed": candidate.seed, "step": candidate.step, "model_key": candidate.model_key}
-    with workers.main_stage(plan.run, unit, recipe, force=plan.force) as stage:
-        if stage.current:
-            return
-        if twin := workers.from_main(lambda: None if plan.force else _same_recipe(plan.run, recipe)):
-            for table in (twin.replace("other_tasks/", "items/"), twin) if workers.is_main() else ():
-                frame = plan.run.read(table).with_columns(pl.lit(own[key], STEPS[key]).alias(key) for key in UNIT)
-                _keep(plan, stage, unit if table == twin else items, frame)
-            return
-        from sdpo_eval.harness import evaluate_task, prefix_lm
-
-        lm = prefix_lm(*engine(), config.token_budget)
-        got = evaluate_task(lm, name, other_limit(config), config.task_dir, config.dtype)
-        _keep(plan, stage, items, pl.DataFrame([own | row for row in got.items], ITEMS))
-        _keep_texts(plan, pl.DataFrame(got.questions, DOCUMENTS))
-        _keep(plan, stage, unit, pl.DataFrame([own | row for row in got.results], RESULTS))
-
-
-def _same_recipe(run: Run, recipe: dict[str, Any]) -> str | None:
-    """Name the unit in which these very weights have answered this very task under another name."""
-    made = (name for name, own in run.lineage.items() if name.startswith("other_tasks/") and own["recipe"] == recipe)
-    return next(made, None)
-
-
-def _other_results(plan: Plan) -> pl.DataFrame:
-    """Give RESULTS of the tasks beside H4 that are asked for, of every model in the run."""
-    frames = [
-        plan.run.read(str(path.relative_to(plan.run.path).with_suffix("")))
-        for name in other_tasks(plan.config)
-        for path in sorted(plan.run.path.glob(f"other_tasks/*-{name}.parquet"))
-    ]
-    return pl.concat([RESULTS.to_frame(), *frames])
 
 
 def _write_results(plan: Plan) -> pl.DataFrame:
@@ -265,7 +211,7 @@ def _write_results(plan: Plan) -> pl.DataFrame:
         name = "-".join(map(str, others.row(0)))
         log.warning("%s leaves out %d evaluations of other or fewer items, e.g. %s.", path, others.height, name)
     clean = _clean_results(whole, read_clean(plan.run))
-    results = pl.concat([h4.summarise_items(whole), clean, _other_results(plan)])
+    results = pl.concat([h4.summarise_items(whole), clean, other_results(plan)])
     if not path.exists() or not plan.run.results.equals(results):
         protocols = {name: asked.protocol for name, asked in plan.questions.items()}
         recipe = plan.config.model_dump(exclude={"token_budget"})

@@ -89,7 +89,9 @@ def _lm_eval_task(task: Task, subject: str, splits: dict[str, list[dict]]) -> "C
     return ConfigurableTask(config=config)
 
 
-def prefix_lm(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", token_budget: int = 4096) -> "HFLM":
+def prefix_lm(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", token_budget: int | None = None
+) -> "HFLM":
     """Give lm-eval's HFLM for a loaded model, with its log-probabilities from the prefix engine.
 
     It can stand wherever an HFLM does, for any task that weighs continuations. Requests are encoded by
@@ -97,7 +99,7 @@ def prefix_lm(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", to
     HFLM's own. Processes of `accelerate launch` share the work, and each gets every answer.
 
     Args:
-        token_budget: tokens per packed row at most.
+        token_budget: tokens of a forward pass at most; None for what suits the device.
 
     Example:
         import lm_eval

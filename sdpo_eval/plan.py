@@ -15,7 +15,7 @@ import ruamel.yaml
 from sdpo_data import workers
 from sdpo_data.config import Settings, merge_config
 from sdpo_data.models import model_key
-from sdpo_data.run import Run
+from sdpo_data.run import Run, Stage, write_atomically
 from sdpo_data.tables import DOCUMENTS, STEPS, SdpoError, check
 from sdpo_eval import h4
 from sdpo_eval.documents import document_text, fingerprint, load_documents
@@ -52,8 +52,8 @@ class EvalConfig(Settings):
     """Folder with lm-eval task files (YAML) of your own, for tasks beside H4."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of weights and forward pass, the same for every model."""
-    token_budget: int = pydantic.Field(4096, ge=1)
-    """Tokens per packed row at most. Changes speed and memory; the numbers only within float noise."""
+    token_budget: int | None = pydantic.Field(None, ge=1)
+    """Tokens of a forward pass at most; None for what suits the device. Changes the numbers only within float noise."""
 
     @pydantic.model_validator(mode="after")
     def _one_size(self) -> Self:
@@ -104,6 +104,19 @@ class Plan:
     force: bool
     chain: bool
     """The candidates are the steps of one run: what differs between them must be the weights alone."""
+
+    def keep(self, stage: Stage, table: str, frame: pl.DataFrame) -> None:
+        """Write a table of answers and the settings they were asked by; of several processes the main one does."""
+        if workers.is_main():
+            stage.write(table, frame)
+            self.save_settings()
+
+    def keep_texts(self, documents: pl.DataFrame) -> None:
+        """Write questions as text, once for each task and protocol: what flips is shown by it."""
+        for (task, protocol), own in documents.group_by("task", "protocol"):
+            path = self.run.path / f"questions/{task}-{protocol}.parquet"
+            if workers.is_main() and not path.exists():
+                write_atomically(path, own.write_parquet)
 
     def save_settings(self) -> None:
         first, model = self.candidates[0], {}

@@ -311,6 +311,15 @@ def test_results_by_hand():
     assert results["subset"].unique().to_list() == ["all"]
 
 
+def test_hellaswags_questions_of_one_document_are_one_draw():
+    # 1, 1 of x and 0, 0 of y: mean 50; residues of their sums 1 and -1; SE 100 sqrt(2 / 1 * (1 + 1)) / 4 = 50.
+    # As four draws it would be 100 sqrt(1/3 / 4) = 28.87.
+    frame = items("hellaswag", [1, 1, 0, 0])
+    assert h4.summarise_items(frame)["stderr"][0] == pytest.approx(100 * (1 / 12) ** 0.5)
+    documents = pl.Series(["x", "x", "y", "y"])
+    assert h4.summarise_items(frame.with_columns(cluster=documents))["stderr"][0] == pytest.approx(50)
+
+
 TABLE_2 = [  # arXiv 2403.19270: H4, ARC, HellaSwag, MMLU, TruthfulQA
     (74.31, 71.33, 88.08, 65.39, 72.45), (72.67, 69.62, 87.16, 66.00, 67.90), (73.40, 70.22, 87.63, 71.16, 64.58),
     (72.95, 71.08, 87.89, 70.58, 62.25),  # SOLAR-0-70B: printed as 72.93, which its parts do not give

@@ -339,10 +339,16 @@ def test_a_result_is_the_mean_of_its_items(small, models, run):
     results = evaluate(models / "one", config(small), run)
     items = Run(run).items
     for task in ("arc_challenge", "hellaswag", "truthfulqa_mc2"):
-        scores = items.filter(task=task)["score"]
-        row = results.filter(task=task).row(0, named=True)
+        own = items.filter(task=task)
+        scores, row = own["score"], results.filter(task=task).row(0, named=True)
         assert row["value"] == pytest.approx(100 * scores.mean())
-        assert row["stderr"] == pytest.approx(100 * scores.std() / len(scores) ** 0.5)
+        sums = own.group_by("cluster").agg((pl.col("score") - scores.mean()).sum())["score"]
+        error = 100 * (len(sums) / (len(sums) - 1) * (sums**2).sum()) ** 0.5 / len(scores)
+        assert row["stderr"] == (pytest.approx(error) if error else None)
+        clusters = {int(item.split("/")[1]): cluster for item, cluster in own.select("item_id", "cluster").iter_rows()}
+        made_from = "document {}" if task == "hellaswag" else f"{task}/{{}}"
+        per = 2 if task == "hellaswag" else 1
+        assert clusters == {row: made_from.format(row // per) for row in range(COUNTS[task])}
     by_subject = items.filter(task="mmlu").group_by("subject").agg(pl.col("score").mean())["score"]
     assert len(by_subject) == 3
     assert results.filter(task="mmlu")["value"][0] == pytest.approx(100 * by_subject.mean())

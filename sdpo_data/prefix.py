@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
+from sdpo_data import workers
 from sdpo_data.assets import cache_folder
 from sdpo_data.flex import flex_attention, tree_mask
 from sdpo_data.head import logits_to_logps, read_logps, run_head
@@ -80,9 +81,6 @@ def score_completions(
     Raises:
         ValueError: a request has no completion token. It would get 0, the best score there is.
     """
-    impossible = [place for place, (ids, start) in enumerate(requests) if not 1 <= start < len(ids)]
-    if impossible:
-        raise ValueError(f"Sequence {impossible[0]} has no completion token after a first token: nothing to score.")
     if not requests:
         return
     for bin_ in plan_work(model, requests, token_budget):
@@ -90,8 +88,35 @@ def score_completions(
         yield list(bin_.sequences), score_bin(model, own, row_tokens(model, token_budget), advance, packed=bin_.packed)
 
 
+def score_together(
+    model: "PreTrainedModel", requests: Sequence[Request], token_budget: int | None = None
+) -> Iterator[tuple[list[int], list[Completion]]]:
+    """Do what `score_completions` does with all processes of `accelerate launch`: each of them gets every answer.
+
+    All must call it, with the same requests. The bins are those of one process, so the answers are
+    too, bit for bit; in each turn a process computes one of them.
+    """
+    if not requests:
+        return
+    size = row_tokens(model, token_budget)
+    bins = workers.from_main(lambda: plan_work(model, requests, token_budget))
+    for first in range(0, len(bins), workers.count()):
+        turn = bins[first : first + workers.count()]
+        own = turn[workers.rank() : workers.rank() + 1]
+        said = [score_bin(model, [requests[p] for p in bin_.sequences], size, packed=bin_.packed) for bin_ in own]
+        for bin_, [completions] in zip(turn, workers.gather(said), strict=False):  # the last turn may not need all
+            yield list(bin_.sequences), completions
+
+
 def plan_work(model: "PreTrainedModel", requests: Sequence[Request], token_budget: int | None = None) -> list[Bin]:
-    """Plan bins for this model: trees as far as it can read them, batches beyond."""
+    """Plan bins for this model: trees as far as it can read them, batches beyond.
+
+    Raises:
+        ValueError: a request has no completion token. It would get 0, the best score there is.
+    """
+    impossible = [place for place, (ids, start) in enumerate(requests) if not 1 <= start < len(ids)]
+    if impossible:
+        raise ValueError(f"Sequence {impossible[0]} has no completion token after a first token: nothing to score.")
     longest = max(len(ids) for ids, _ in requests)
     packed_length = read_model(model, longest).packed_length
     if longest > packed_length:

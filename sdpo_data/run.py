@@ -22,7 +22,7 @@ from typing import Any
 import filelock
 import polars as pl
 
-from sdpo_data.tables import DROPPED, ITEMS, METRICS, STEPS, SdpoError
+from sdpo_data.tables import DOCUMENTS, DROPPED, ITEMS, METRICS, STEPS, SdpoError, check
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,12 @@ class Run:
     @property
     def items(self) -> pl.DataFrame:
         """ITEMS of every model and task evaluated so far."""
-        return self._collect("items/*.parquet", ITEMS)
+        return check(self._collect("items/*.parquet", ITEMS), ITEMS, f"{self.path}/items")
+
+    @property
+    def questions(self) -> pl.DataFrame:
+        """DOCUMENTS of every task and protocol evaluated so far."""
+        return self._collect("questions/*.parquet", DOCUMENTS)
 
     @property
     def lineage(self) -> dict[str, Any]:

@@ -105,6 +105,7 @@ ITEMS = pl.Schema(
         "task": pl.String,
         "item_id": pl.String,
         "subject": pl.String,  # MMLU's subject; the task's name elsewhere
+        "cluster": pl.String,  # what it was made from: HellaSwag's source document; elsewhere the question itself
         "correct": pl.Float64,  # 0 or 1; null for mc2, which has no single right answer
         "score": pl.Float64,  # what the task's metric averages: acc, acc_norm or mc2
         "gold_logp": pl.Float64,  # nats, of the right answer (mc2: of the best right one)

@@ -47,6 +47,21 @@ def share(value: Any) -> Any:
     return broadcast_object_list([value])[0]  # type: ignore[index]
 
 
+def gather(value: Any) -> list[Any]:
+    """Give every process the values of all, by rank; all of them must call it."""
+    if count() == 1:
+        return [value]
+    from accelerate.utils import gather_object
+
+    _join()
+    return gather_object([value])
+
+
+def from_main(make: Callable[[], Made]) -> Made:
+    """Have the main process make a thing, and give it to all; all of them must call it."""
+    return share(make() if is_main() else None)
+
+
 @contextlib.contextmanager
 def main_stage(
     run: "Run", name: str, recipe: dict[str, Any], inputs: Sequence[str] = (), *, force: bool = False

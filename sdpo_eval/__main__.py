@@ -1,6 +1,7 @@
 """Evaluate RUN's base model and every finished step on H4's tasks, all on the same items.
 
-Without RUN, one model, of which nothing is kept.
+Without RUN, one model, of which nothing is kept. A gate for CI takes two models, so it is in
+`python -m sdpo_eval.compare RUN --fail-if-worse 1.0`.
 
 Examples:
     python -m sdpo_eval runs/a                          # all 26,073 items: for a GPU
@@ -8,10 +9,12 @@ Examples:
     python -m sdpo_eval runs/a --tasks h4 winogrande    # and another task of lm-eval, kept apart
     python -m sdpo_eval runs/a --documents              # what is asked, as text, for decontamination
     python -m sdpo_eval --model my/model --limit 200
+    accelerate launch -m sdpo_eval runs/a               # on several devices: the same numbers, sooner
 """
 
 import polars as pl
 
+from sdpo_data import workers
 from sdpo_data.config import Command, read_command
 from sdpo_data.console import command, print_table, say
 from sdpo_data.models import load_tokenizer
@@ -33,6 +36,8 @@ def main() -> None:
     )
     config, steps = call.settings["eval"], call.run.steps
     assert isinstance(config, EvalConfig)
+    if call.asked and not workers.is_main():
+        return None
     if "documents" in call.asked:
         return _write_documents(call, config)
     if "show" in call.asked:
@@ -40,6 +45,8 @@ def main() -> None:
     plan = plan_evaluation(steps if steps.height else call.model, config, call.run, base=call.model, force=call.force)
     made, path = call.run.lineage.get("results"), call.run.path / "results.parquet"
     results = carry_out(plan)
+    if not workers.is_main():
+        return None
     if call.run.lineage.get("results") == made:
         say(f"up to date: {path}")
     else:

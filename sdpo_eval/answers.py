@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from sdpo_data.models import load_model, load_tokenizer, model_key
-from sdpo_data.prefix import score_completions
+from sdpo_data.prefix import score_together
 from sdpo_data.tables import SdpoError
 from sdpo_eval import h4
 from sdpo_eval.plan import Candidate, Plan
@@ -27,12 +27,16 @@ SAVE_SECONDS = 60.0  # between two writes: what a kill can cost
 
 
 def answer_requests(
-    model: "PreTrainedModel", task: h4.Task, requests: pl.DataFrame, token_budget: int, advance: Callable[[int], None]
+    model: "PreTrainedModel",
+    task: h4.Task,
+    requests: pl.DataFrame,
+    token_budget: int | None,
+    advance: Callable[[int], None],
 ) -> Iterator[list[dict[str, Any]]]:
     """Have a model weigh the choices of each question, and score its answers.
 
     A whole slice goes through the engine together, so that shots which its questions share are
-    computed once.
+    computed once. Several processes share the work, and each gets every answer.
 
     Args:
         requests: REQUESTS frame.
@@ -54,7 +58,7 @@ def answer_requests(
         left = [len(question) for question in questions]
         items = part.select("item_id", "lengths", "gold").rows(named=True)
         flat = [sequence for question in questions for sequence in question]
-        for places, completions in score_completions(model, flat, token_budget):
+        for places, completions in score_together(model, flat, token_budget):
             for owner, completion in zip(places, completions, strict=True):
                 row, place = owners[owner]
                 logps[row][place] = float(completion.logps.sum(dtype="float64"))
@@ -162,4 +166,4 @@ def _load(candidate: Candidate, dtype: str) -> Any:
             f"{candidate.model} does not hold the weights of arm {candidate.arm}, seed {candidate.seed}, step "
             f"{candidate.step}: their key is {candidate.model_key}. It has changed since, or is another model."
         )
-    return model.to(getattr(torch, dtype)), tokenizer
+    return model if stored else model.to(getattr(torch, dtype)), tokenizer  # what lies on several devices stays there

@@ -44,7 +44,7 @@ FLIPS = pl.Schema(
         "subject": pl.String,
         "right": pl.String,  # which model
         "gold_logp_change": pl.Float64,  # of the right answer, first - second, nats
-        "text": pl.String,  # null where the run has no documents.parquet
+        "text": pl.String,  # of the question; null where it is not known
     }
 )
 
@@ -80,11 +80,11 @@ def find_forgetting(first: Side, second: Side) -> pl.DataFrame:
     return pl.DataFrame(rows, CHANGES, orient="row")
 
 
-def find_flips(first: Side, second: Side, documents: pl.DataFrame | None = None) -> pl.DataFrame:
+def find_flips(first: Side, second: Side, documents: pl.DataFrame) -> pl.DataFrame:
     """List the questions that one of two checkpoints alone gets right, the largest changes first.
 
     Args:
-        documents: protocol, task, item_id and text of questions, where they are at hand.
+        documents: DOCUMENTS with their texts, such as `run.questions`.
 
     Returns:
         FLIPS frame, sorted within each task by how much the right answer's log-probability changed.
@@ -97,9 +97,9 @@ def find_flips(first: Side, second: Side, documents: pl.DataFrame | None = None)
     other = second.items.select(*key, second="correct", before="gold_logp")
     both = first.items.join(other, on=key).drop_nulls(["correct", "second"])
     flipped = both.filter(pl.col("correct") != pl.col("second"))
-    texts = pl.DataFrame(schema=dict.fromkeys([*key, "text"], pl.String)) if documents is None else documents
+    texts = documents.select(*key, "text").unique(key, maintain_order=True)
     return (
-        flipped.join(texts.select(*key, "text"), on=key, how="left")
+        flipped.join(texts, on=key, how="left")
         .with_columns(
             right=pl.when(pl.col("correct") > pl.col("second")).then(pl.lit(first.name)).otherwise(pl.lit(second.name)),
             gold_logp_change=pl.col("gold_logp") - pl.col("before"),

@@ -3,7 +3,7 @@
 Examples:
     python -m sdpo_eval.compare runs/a runs/b                          # the last models of both
     python -m sdpo_eval.compare runs/a --a sdpo --b dpo                # two arms of one run; of five seeds: the methods
-    python -m sdpo_eval.compare runs/a runs/b --a sdpo/0/2 --b sdpo/0/1
+    python -m sdpo_eval.compare runs/a --a sdpo/0/2 --b sdpo/0/1 --flips 10    # and which questions flipped
     python -m sdpo_eval.compare runs/new runs/old --fail-if-worse 1.0  # exit code 3 unless at most 1 point worse
 """
 
@@ -18,7 +18,9 @@ import tyro
 from sdpo_data.console import command, print_table, say
 from sdpo_data.run import Run, open_run
 from sdpo_data.tables import SdpoError
-from sdpo_eval.contrasts import METHODS, CompareConfig, Side, choose_models, contrast_models, tell_kind
+from sdpo_eval.changes import find_flips
+from sdpo_eval.clean import read_clean
+from sdpo_eval.contrasts import METHODS, CompareConfig, Side, choose_models, contrast_models, pair_seeds, tell_kind
 from sdpo_eval.h4 import MEAN, TASKS
 
 WORSE = 3  # the exit code of --fail-if-worse; 1 is a bug, 2 the user's to fix
@@ -30,7 +32,8 @@ def compare_models(
 ) -> pl.DataFrame:
     """Say how two models, or two arms over their seeds, differ on the questions that both answered.
 
-    Their H4 is the primary contrast; the tasks' p-values are adjusted (Holm).
+    Their H4 is the primary contrast; the tasks' p-values are adjusted (Holm). Where a run has been
+    decontaminated, the questions that its training pairs do not hold are compared by themselves too.
 
     Args:
         run_a: run folder of the first.
@@ -46,21 +49,26 @@ def compare_models(
         SdpoError: there is no such run or model; the two answered under different protocols, or
             share no question or seed.
     """
-    return _contrast(*_sides(run_a, run_b, a, b))
+    runs = _opened(run_a, run_b)
+    return _contrast(*_sides(runs, a, b), runs)
 
 
-def _sides(run_a: str | Path | Run, run_b: str | Path | Run | None, a: str | None, b: str | None) -> tuple[Side, Side]:
-    one = run_a if isinstance(run_a, Run) else open_run(run_a)
-    if run_b is None:
-        return _chosen(one, a), _chosen(one, b or "base")
-    two = run_b if isinstance(run_b, Run) else open_run(run_b)
+def _opened(run_a: str | Path | Run, run_b: str | Path | Run | None) -> list[Run]:
+    return [run if isinstance(run, Run) else open_run(run) for run in (run_a, run_b) if run is not None]
+
+
+def _sides(runs: list[Run], a: str | None, b: str | None) -> tuple[Side, Side]:
+    if len(runs) == 1:
+        return _chosen(runs[0], a), _chosen(runs[0], b or "base")
+    one, two = runs
     first, second = _chosen(one, a), _chosen(two, b)
     names = [one.path.name, two.path.name] if one.path.name != two.path.name else [str(one.path), str(two.path)]
     return replace(first, name=f"{names[0]}: {first.name}"), replace(second, name=f"{names[1]}: {second.name}")
 
 
-def _contrast(first: Side, second: Side) -> pl.DataFrame:
-    return contrast_models([(first, second)], CompareConfig(primary=f"{first.arm} - {second.arm}"))
+def _contrast(first: Side, second: Side, runs: list[Run]) -> pl.DataFrame:
+    clean = [known for known in map(read_clean, runs) if known]
+    return contrast_models([(first, second)], CompareConfig(primary=f"{first.arm} - {second.arm}"), clean=clean)
 
 
 def _chosen(run: Run, wanted: str | None) -> Side:
@@ -85,8 +93,8 @@ def find_worse(contrasts: pl.DataFrame, margin: float) -> list[str]:
     """Say where the first is not shown to be at most `margin` points worse: non-inferiority.
 
     Judged is H4, or every task where there is no H4; the methods, or every pair of checkpoints where
-    there is no verdict on methods. Shown it is where the 95 % interval does not reach below
-    -margin, so a first that is exactly so much worse passes in 2.5 %. No interval shows nothing.
+    there is no verdict on methods; on all questions, clean or not. Shown it is where the 95 % interval does
+    not reach below -margin, so a first that is exactly so much worse passes in 2.5 %. No interval shows nothing.
 
     Args:
         contrasts: CONTRASTS frame of one comparison.
@@ -94,7 +102,7 @@ def find_worse(contrasts: pl.DataFrame, margin: float) -> list[str]:
     Returns:
         A sentence for each row that does not show it; empty if all do.
     """
-    judged = contrasts.filter(metric="score")
+    judged = contrasts.filter(metric="score", subset="all")
     for column, best in (("verdict_on", METHODS), ("task", MEAN)):
         judged = judged.filter(pl.col(column) == best) if best in judged[column] else judged
     sentences = []
@@ -111,17 +119,24 @@ def find_worse(contrasts: pl.DataFrame, margin: float) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Print the contrasts, and with --fail-if-worse exit with 3 where the first may be that much worse."""
-    run_a, run_b, a, b, margin = tyro.cli(
+    run_a, run_b, a, b, margin, flips = tyro.cli(
         _arguments, args=argv, prog="python -m sdpo_eval.compare", description=__doc__
     )
-    first, second = _sides(run_a, run_b, a, b)
+    runs = _opened(run_a, run_b)
+    first, second = _sides(runs, a, b)
     if first.models == second.models:
         say(f"{first.name} and {second.name} are the same weights: there is no difference.")
         return
-    contrasts = _contrast(first, second)
+    contrasts = _contrast(first, second, runs)
     title = f"{first.name} − {second.name}: points, 95 % interval, p adjusted (Holm) for looking at several"
     print_table(tabulate(contrasts), title)
+    if (beside := tabulate_clean(contrasts)).height:
+        print_table(
+            beside, "without the questions that the training pairs give away, and with them: points, 95 % interval"
+        )
     say(tell_kind(contrasts))
+    if flips:
+        _print_flips(first, second, runs, flips)
     worse = [] if margin is None else find_worse(contrasts, margin)
     for sentence in worse:
         say(f"fail-if-worse: {sentence}")
@@ -129,17 +144,45 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(WORSE)
 
 
+def _print_flips(first: Side, second: Side, runs: list[Run], count: int) -> None:
+    texts = pl.concat([run.questions for run in runs])
+    for one, two in pair_seeds(first, second):
+        flips = find_flips(one, two, texts).sort(pl.col("gold_logp_change").abs(), descending=True, maintain_order=True)
+        shown = flips.head(count).select("task", "item_id", "right", "gold_logp_change", "text")
+        title = f"{one.name} − {two.name}: {flips.height:,} questions that one alone gets right"
+        print_table(shown, f"{title}; those whose right answer changed most, nats")
+
+
 def tabulate(contrasts: pl.DataFrame) -> pl.DataFrame:
-    """Lay CONTRASTS out for reading."""
-    return pl.DataFrame([_readable(row, contrasts) for row in contrasts.iter_rows(named=True)])
+    """Lay CONTRASTS of all questions out for reading."""
+    return pl.DataFrame([_readable(row, contrasts) for row in contrasts.filter(subset="all").iter_rows(named=True)])
+
+
+def tabulate_clean(contrasts: pl.DataFrame) -> pl.DataFrame:
+    """Lay CONTRASTS of all questions and of the clean ones out side by side; no rows where none are known to be."""
+    rows: dict[tuple, dict[str, str | int]] = {}
+    for row in contrasts.sort(pl.col("subset") != "clean", maintain_order=True).iter_rows(named=True):
+        models = tuple(row[name] for name in ("verdict_on", "first", "second", "task"))
+        if row["subset"] == "clean":
+            rows[models] = _names(row, contrasts)
+        if models in rows:
+            interval = f" [{row['low']:+.2f}, {row['high']:+.2f}]" if row["stderr"] is not None else ""
+            said = (f"{row['effect']:+.2f}{interval}", row["n"], row["verdict"])
+            rows[models] |= dict(zip((row["subset"], f"n {row['subset']}", f"{row['subset']}:"), said, strict=True))
+    return pl.DataFrame(list(rows.values()))
+
+
+def _names(row: dict, contrasts: pl.DataFrame) -> dict[str, str | int]:
+    several = contrasts.select("first", "second", "verdict_on").n_unique() > 1
+    models = {"first": row["first"], "second": row["second"], "verdict on": row["verdict_on"]} if several else {}
+    return models | {"task": TITLES.get(row["task"], row["task"])}
 
 
 def _readable(row: dict, contrasts: pl.DataFrame) -> dict[str, str | int]:
-    several = contrasts.select("first", "second", "verdict_on").n_unique() > 1
     known = row["stderr"] is not None
     return (
-        ({"first": row["first"], "second": row["second"], "verdict on": row["verdict_on"]} if several else {})
-        | {"task": TITLES.get(row["task"], row["task"]), "difference": f"{row['effect']:+.2f}"}
+        _names(row, contrasts)
+        | {"difference": f"{row['effect']:+.2f}"}
         | {"interval": f"[{row['low']:+.2f}, {row['high']:+.2f}]" if known else "unknown", "n": row["n"]}
         | {"p": f"{row['p']:.4f}" if known else "", "adjusted": f"{row['p_holm']:.4f}", "verdict": row["verdict"]}
         | {"found with 80 %": f"{row['detectable']:.2f}" if known else ""}
@@ -153,7 +196,8 @@ def _arguments(
     a: str | None = None,
     b: str | None = None,
     fail_if_worse: float | None = None,
-) -> tuple[Path, Path | None, str | None, str | None, float | None]:
+    flips: int = 0,
+) -> tuple[Path, Path | None, str | None, str | None, float | None, int]:
     """Read the flags.
 
     Args:
@@ -162,10 +206,11 @@ def _arguments(
         a: The first, ARM[/SEED[/STEP]]; by default the last model of sdpo or of the only arm.
         b: The second, likewise; in one run the base model by default.
         fail_if_worse: Exit with 3 unless the first is shown to be at most so many points worse.
+        flips: Show so many of the questions that one of the two alone gets right.
     """
     if fail_if_worse is not None and not fail_if_worse >= 0:
         raise SdpoError(f"--fail-if-worse {fail_if_worse}: name how many points worse is still allowed, 0 or more.")
-    return run_a, run_b, a, b, fail_if_worse
+    return run_a, run_b, a, b, fail_if_worse, flips
 
 
 if __name__ == "__main__":

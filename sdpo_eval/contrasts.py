@@ -9,6 +9,7 @@ import pydantic
 
 from sdpo_data.config import Settings
 from sdpo_data.tables import SdpoError
+from sdpo_eval.clean import Clean
 from sdpo_eval.h4 import MEAN, TASKS
 from sdpo_eval.stats import (
     ENOUGH_SEEDS,
@@ -31,6 +32,7 @@ CONTRASTS = pl.Schema(
         "second": pl.String,
         "task": pl.String,  # "h4" for the mean of the four
         "metric": pl.String,  # score: points; gold_logp: nats; choice_margin: points
+        "subset": pl.String,  # all questions, or the clean ones
         "effect": pl.Float64,  # first - second
         "stderr": pl.Float64,  # null, as low, high and p, where nothing varies
         "low": pl.Float64,  # of the 95 % interval, not adjusted for looking at several
@@ -87,6 +89,13 @@ class Side:
         name = f"{self.name} seed {seed}" if len(self.models) > 1 else self.name
         return Side(name, self.arm, self.items.filter(seed=seed))
 
+    def only(self, clean: "Sequence[Clean]") -> "Side":
+        """Give the same models with the questions that are clean for all who say so."""
+        items = self.items
+        for one in clean:
+            items = one.keep(items)
+        return Side(self.name, self.arm, items)
+
 
 def choose_models(items: pl.DataFrame, arm: str, seed: int | None = None, step: int | None = None) -> Side:
     """Take an arm's models as one side: of every seed the last step, or of one seed or step alone.
@@ -114,36 +123,42 @@ def choose_models(items: pl.DataFrame, arm: str, seed: int | None = None, step: 
 
 
 def contrast_models(
-    pairs: Iterable[tuple[Side, Side]], config: CompareConfig | None = None, metrics: Sequence[str] = ("score",)
+    pairs: Iterable[tuple[Side, Side]],
+    config: CompareConfig | None = None,
+    metrics: Sequence[str] = ("score",),
+    clean: Sequence[Clean] = (),
 ) -> pl.DataFrame:
     """Contrast the first of each pair with the second, on every task that both answered, and on H4.
 
     Seeds are paired by number; a side of one model meets every seed of the other. Each pair of
     models gives a verdict on these checkpoints; at least ENOUGH_SEEDS pairs of different
     weights give one on the methods as well. p-values are adjusted (Holm) over the contrasts of one
-    kind and metric, but for the primary one, if it is one row: with several seeds
+    kind, metric and subset, but for the primary one, if it is one row: with several seeds
     the primary verdict is the one on the methods.
 
-    HellaSwag's questions from one source document are one cluster where the items say so in a
-    column `cluster`. Without it each counts as its own, and its standard error comes out too small:
-    3 % if the differences within a document correlate by 0.1 (8,407 documents of 10,042 questions).
+    Questions of one cluster, such as HellaSwag's from one source document (8,407 of 10,042 questions), are
+    one draw.
+
+    Args:
+        metrics: of METRICS.
+        clean: what the runs of the sides say is clean, where they do; a question is if it is for all of them.
 
     Returns:
-        CONTRASTS frame: H4 first, then tasks in the order of TASKS.
+        CONTRASTS frame: H4 first, then tasks in the order of TASKS; all questions, then the clean ones.
 
     Raises:
         SdpoError: two sides were asked under different protocols, or share no seed or question.
     """
     config = config or CompareConfig()
-    rows = [row for pair in pairs for metric in metrics for row in _contrast(*pair, metric)]
+    rows = [row for pair in pairs for metric in metrics for row in _contrast(*pair, metric, clean)]
     wanted = (*config.primary.split(" - "), config.primary_task, "score")
     for row in rows:
         row["primary"] = (*row.pop("arms"), row["task"], row["metric"]) == wanted
     table = pl.DataFrame(rows, CONTRASTS)
-    family = ["verdict_on", "metric"]
+    family = ["verdict_on", "metric", "subset"]
     table = table.with_columns(primary=pl.col("primary") & (pl.col("primary").sum().over(family) == 1))
     parts = [_adjusted(part) for _, part in table.group_by(family, maintain_order=True)]
-    return pl.concat([table.clear(), *parts]).sort(pl.col("task") != MEAN, maintain_order=True)
+    return pl.concat([table.clear(), *parts]).sort("subset", pl.col("task") != MEAN, maintain_order=True)
 
 
 def _adjusted(family: pl.DataFrame) -> pl.DataFrame:
@@ -242,28 +257,29 @@ def _valued(items: pl.DataFrame, metric: str) -> pl.DataFrame:
     wrong = pl.when(pl.col("gold_logp") == best).then(next_best).otherwise(best)
     whole = logps.list.eval((pl.element() - pl.element().max()).exp()).list.sum()
     margin = ((pl.col("gold_logp") - best).exp() - (wrong - best).exp()) / whole
-    cluster = "cluster" if "cluster" in items.columns else "item_id"
     return items.with_columns(margin=pl.when(pl.col("correct").is_not_null()).then(margin)).select(
-        *QUESTION, "subject", "correct", cluster=cluster, value=METRICS[metric]
+        *QUESTION, "subject", "correct", "cluster", value=METRICS[metric]
     )
 
 
-def _contrast(first: Side, second: Side, metric: str) -> Iterator[dict[str, Any]]:
+def _contrast(first: Side, second: Side, metric: str, clean: Sequence[Clean]) -> Iterator[dict[str, Any]]:
     refuse_other_protocols(first, second)
     pairs = pair_seeds(first, second)
-    for one, two in pairs:
-        yield from _rows(CHECKPOINTS, one, two, [(one, two)], metric)
     drawn = {(one.models[0][1], two.models[0][1]): (one, two) for one, two in pairs}  # equal weights are one draw
-    if len(drawn) >= ENOUGH_SEEDS:
-        yield from _rows(METHODS, first, second, list(drawn.values()), metric)
+    for subset in ("all", "clean") if clean else ("all",):
+        known = clean if subset == "clean" else ()
+        for one, two in pairs:
+            yield from _rows(CHECKPOINTS, one, two, [(one, two)], metric, known)
+        if len(drawn) >= ENOUGH_SEEDS:
+            yield from _rows(METHODS, first, second, list(drawn.values()), metric, known)
 
 
 def _rows(
-    kind: str, first: Side, second: Side, pairs: list[tuple[Side, Side]], metric: str
+    kind: str, first: Side, second: Side, pairs: list[tuple[Side, Side]], metric: str, clean: Sequence[Clean]
 ) -> Iterator[dict[str, Any]]:
     """Give the rows of CONTRASTS of one pair of models or of arms, without p_holm and verdict."""
-    asked = pair_questions(pairs, metric)
-    if not asked and metric == "score":
+    asked = pair_questions([(one.only(clean), two) for one, two in pairs], metric)
+    if not asked and metric == "score" and not clean:
         raise SdpoError(f"{first.name} and {second.name} have no answered question in common. Evaluate both alike.")
     groups = {task: [task] for task in asked}
     if metric == "score" and TASKS.keys() <= asked.keys():
@@ -275,6 +291,7 @@ def _rows(
         else:
             effect = compare_checkpoints(differences, resamples=RESAMPLES if metric == "score" else FEWER_RESAMPLES)
         row = {"verdict_on": kind, "first": first.name, "second": second.name, "task": task, "metric": metric}
+        row["subset"] = "clean" if clean else "all"
         row |= {"arms": (first.arm, second.arm), "effect": effect.value} | asdict(effect)
         if kind == CHECKPOINTS and metric == "score":
             row |= _counts([asked[part][0] for part in parts])

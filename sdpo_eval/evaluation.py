@@ -3,11 +3,13 @@
 import logging
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import polars as pl
 
+from sdpo_data import workers
 from sdpo_data.console import progress
 from sdpo_data.prefix import score_completions
 from sdpo_data.run import Run
@@ -15,13 +17,15 @@ from sdpo_data.tables import ITEMS, RESULTS, SdpoError
 from sdpo_data.tree import count_tokens
 from sdpo_eval import h4
 from sdpo_eval.answers import answer_requests, opened, reading_length
+from sdpo_eval.clean import Clean, read_clean
+from sdpo_eval.others import evaluate_other, other_results
 from sdpo_eval.plan import (
     UNIT,
     Candidate,
     EvalConfig,
     Plan,
     describe_cost,
-    other_limit,
+    list_documents,
     other_tasks,
     plan_evaluation,
     recipe_of,
@@ -74,19 +78,24 @@ def evaluate(
 
 
 def carry_out(plan: Plan) -> pl.DataFrame:
-    """Evaluate what is missing, model by model, and derive results.parquet from the items."""
-    known, first = ITEMS.to_frame() if plan.force else plan.run.items, True
+    """Evaluate what is missing, model by model, and derive results.parquet from the items.
+
+    Processes of `accelerate launch` share the forward passes; the main one alone reads and writes the run.
+    """
+    known, first = workers.from_main(lambda: ITEMS.to_frame() if plan.force else plan.run.items), True
+    plan.keep_texts(list_documents(plan.questions.values(), every=True))
     for candidate in plan.candidates:
         with opened(candidate, plan) as engine:
             for name in other_tasks(plan.config):  # before H4, which takes longer: a misspelt name is found at once
-                _evaluate_other(plan, candidate, name, engine)
+                evaluate_other(plan, candidate, name, engine)
             requests = _encode_missing(plan, candidate, known, engine)
             if first and any(frame.height for frame in requests.values()):
-                _say_cost(plan, candidate, requests, engine())
+                if workers.is_main():
+                    _say_cost(plan, candidate, requests, engine())
                 first = False
             for name, asked in plan.questions.items():
                 known = _evaluate_task(plan, candidate, asked, known, requests[name], engine)
-    return _write_results(plan)
+    return workers.from_main(lambda: _write_results(plan))
 
 
 def _missing(candidate: Candidate, asked: Questions, known: pl.DataFrame) -> tuple[pl.DataFrame, list[str]]:
@@ -103,7 +112,8 @@ def _encode_missing(plan: Plan, candidate: Candidate, known: pl.DataFrame, engin
         encoded[name] = pl.DataFrame()
         if missing and asked.documents:
             model, tokenizer = engine()
-            encoded[name] = asked.encode(missing, tokenizer, plan.run.path / ".requests")
+            encode = partial(asked.encode, missing, tokenizer, plan.run.path / ".requests")
+            encoded[name] = workers.from_main(encode)
             _refuse_too_long(asked.task, encoded[name], reading_length(model, tokenizer))
     return encoded
 
@@ -131,7 +141,7 @@ def _say_cost(plan: Plan, candidate: Candidate, requests: dict[str, pl.DataFrame
     started = time.monotonic()
     for _ in score_completions(loaded[0], probe, config.token_budget):
         pass
-    speed = count_tokens(probe) / (time.monotonic() - started)
+    speed = workers.count() * count_tokens(probe) / (time.monotonic() - started)
     log.info(
         "%s tokens at %s a second, measured: about %s for %s, of %d models",
         f"{tokens:,}", f"{speed:,.0f}", _duration(tokens / speed), candidate.arm, len(plan.candidates),
@@ -155,56 +165,30 @@ def _evaluate_task(
     unit, recipe = candidate.unit(asked.task.name), recipe_of(candidate, asked)
     own = dict(zip(UNIT, (candidate.arm, candidate.seed, candidate.step), strict=True))
     same, missing = _missing(candidate, asked, known)
-    finished = set(asked.chosen) <= set(same.filter(**own)["item_id"]) and unit in plan.run.lineage
+    finished = set(asked.chosen) <= set(same.filter(**own)["item_id"]) and workers.from_main(
+        lambda: unit in plan.run.lineage
+    )
     if finished or (missing and asked.documents is None):
         return known
     rows = same.unique("item_id", keep="first", maintain_order=True).with_columns(
         pl.lit(value, ITEMS[name]).alias(name) for name, value in own.items()
     )
     constant = {**own, **recipe, "task": asked.task.name}
-    with plan.run.stage(unit, recipe, force=True) as stage:  # the plan has refused another recipe
+    with workers.main_stage(plan.run, unit, recipe, force=True) as stage:  # the plan has refused another recipe
         started = time.monotonic()
         with progress(unit, len(missing), "questions") as advance:
             parts = (
                 answer_requests(engine()[0], asked.task, requests, plan.config.token_budget, advance) if missing else []
             )
             for answers in parts:
-                rows = rows.vstack(pl.DataFrame([constant | answer for answer in answers], ITEMS))
-                stage.write(unit, rows)
-                plan.save_settings()
+                new = [constant | answer | {"cluster": asked.cluster(answer["item_id"])} for answer in answers]
+                rows = rows.vstack(pl.DataFrame(new, ITEMS))
+                plan.keep(stage, unit, rows)
         if not missing:
-            stage.write(unit, rows)
+            plan.keep(stage, unit, rows)
         seconds = time.monotonic() - started
         log.info("%s: %d items answered in %.0f s, %d known before", unit, len(missing), seconds, len(same))
     return pl.concat([known, rows])
-
-
-def _evaluate_other(plan: Plan, candidate: Candidate, name: str, engine: "Engine") -> None:
-    """Evaluate a task beside H4, whole: its RESULTS are kept in other_tasks/, its items with the others."""
-    config, items = plan.config, candidate.unit(name)
-    unit = items.replace("items/", "other_tasks/")
-    recipe = {"model_key": candidate.model_key, "limit": other_limit(config), "dtype": config.dtype}
-    with plan.run.stage(unit, recipe | {"task_dir": config.task_dir}, force=plan.force) as stage:
-        if stage.current:
-            return
-        from sdpo_eval.harness import evaluate_task, prefix_lm
-
-        lm = prefix_lm(*engine(), config.token_budget)
-        got = evaluate_task(lm, name, other_limit(config), config.task_dir, config.dtype)
-        own = {"arm": candidate.arm, "seed": candidate.seed, "step": candidate.step, "model_key": candidate.model_key}
-        stage.write(items, pl.DataFrame([own | row for row in got.items], ITEMS))
-        stage.write(unit, pl.DataFrame([own | row for row in got.results], RESULTS))
-        plan.save_settings()
-
-
-def _other_results(plan: Plan) -> pl.DataFrame:
-    """Give RESULTS of the tasks beside H4 that are asked for, of every model in the run."""
-    frames = [
-        plan.run.read(str(path.relative_to(plan.run.path).with_suffix("")))
-        for name in other_tasks(plan.config)
-        for path in sorted(plan.run.path.glob(f"other_tasks/*-{name}.parquet"))
-    ]
-    return pl.concat([RESULTS.to_frame(), *frames])
 
 
 def _write_results(plan: Plan) -> pl.DataFrame:
@@ -226,7 +210,8 @@ def _write_results(plan: Plan) -> pl.DataFrame:
     if others.height:
         name = "-".join(map(str, others.row(0)))
         log.warning("%s leaves out %d evaluations of other or fewer items, e.g. %s.", path, others.height, name)
-    results = pl.concat([h4.summarise_items(whole), _clean_results(plan.run, whole), _other_results(plan)])
+    clean = _clean_results(whole, read_clean(plan.run))
+    results = pl.concat([h4.summarise_items(whole), clean, other_results(plan)])
     if not path.exists() or not plan.run.results.equals(results):
         protocols = {name: asked.protocol for name, asked in plan.questions.items()}
         recipe = plan.config.model_dump(exclude={"token_budget"})
@@ -236,16 +221,15 @@ def _write_results(plan: Plan) -> pl.DataFrame:
     return results
 
 
-def _clean_results(run: Run, items: pl.DataFrame) -> pl.DataFrame:
+def _clean_results(items: pl.DataFrame, clean: Clean | None) -> pl.DataFrame:
     """Results on the items that no training pair touches, once decontamination has said which they are."""
-    path = run.path / "contamination.parquet"
-    if not path.exists():
+    if clean is None:
         return RESULTS.to_frame()
-    touched = run.read("contamination")
-    if not {"task", "item_id"} <= set(touched.columns):
-        raise SdpoError(
-            f"{path} has no columns task and item_id. Make it with: python -m sdpo_data.decontaminate {run.path}"
+    unknown = items.join(clean.matched, on=["task", "item_id"], how="anti").select("task", "item_id").n_unique()
+    if unknown:
+        log.warning(
+            "%d questions were not in the documents that the pairs were held against; results on clean ones leave them "
+            "out. To hold the pairs against all: python -m sdpo_eval RUN --documents, then decontaminate --force.",
+            unknown,
         )
-    touched = touched.select("task", "item_id").unique()
-    left_out = dict(touched["task"].value_counts().rows())
-    return h4.summarise_items(items.join(touched, on=["task", "item_id"], how="anti"), "clean", left_out)
+    return h4.summarise_items(clean.keep(items), "clean", dict(clean.touched["task"].value_counts().rows()))

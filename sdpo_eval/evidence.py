@@ -58,8 +58,8 @@ class Evidence:
     references: pl.DataFrame
     """SCORES of every step's pairs under that step's reference, with arm, seed and step."""
     held_out_scores: pl.DataFrame
-    documents: pl.DataFrame | None
-    """protocol, task, item_id and text of the questions, where evaluation wrote them."""
+    documents: pl.DataFrame
+    """protocol, task, item_id and text of the questions."""
     compare: CompareConfig
 
     @cached_property
@@ -96,7 +96,7 @@ def read_evidence(run: Run) -> Evidence:
         items=check(run.items, ITEMS, "items"),
         references=_references(run),
         held_out_scores=read_held_out(run),
-        documents=run.read("documents") if (run.path / "documents.parquet").exists() else None,
+        documents=run.questions,
         compare=read_section(run, "compare", CompareConfig),
     )
 

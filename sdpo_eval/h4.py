@@ -46,6 +46,8 @@ class Task:
     """Every file of lm-eval that says what is asked."""
     published: Mapping[str, tuple[int, str]] = field(default_factory=dict)
     """Split -> rows and checksum (see documents.py) of the published documents."""
+    made_from: str = ""
+    """The field that names what a document was made from, where several were made from one: no independent draws."""
 
 
 TASKS = {
@@ -62,9 +64,10 @@ TASKS = {
             name="hellaswag", title="HellaSwag", shots=10, metric="acc_norm", chance=25.0, n_full=10042,
             split="validation",
             files={"train": "hellaswag_train_processed.jsonl.gz", "validation": "hellaswag_val.jsonl.gz"},
-            hub=("Rowan/hellaswag", None), fields=("activity_label", "ctx_a", "ctx_b", "endings", "label"),
+            hub=("Rowan/hellaswag", None), fields=("activity_label", "ctx_a", "ctx_b", "endings", "label", "source_id"),
             yaml="hellaswag/hellaswag.yaml", sources=("hellaswag/hellaswag.yaml", "hellaswag/utils.py"),
-            published={"train": (39905, "f030e4b592e66ac8"), "validation": (10042, "cdf2954ede7b55fc")},
+            published={"train": (39905, "f030e4b592e66ac8"), "validation": (10042, "d7d8aa6bba1f0a14")},
+            made_from="source_id",
         ),
         Task(
             name="mmlu", title="MMLU", shots=5, metric="acc", chance=25.0, n_full=14042,
@@ -146,7 +149,7 @@ def summarise_items(
     """Average items into RESULTS: a row per model and task, and the mean where all four are there.
 
     MMLU is the plain mean over the subjects that have items, each a stratum; the other tasks are
-    means over items. H4's standard error takes the four as independent.
+    means over items, HellaSwag's clustered by source document. H4's standard error takes the four as independent.
 
     Args:
         items: ITEMS frame, with one protocol per task.
@@ -162,7 +165,7 @@ def summarise_items(
         for name, task in TASKS.items():
             group = own.filter(task=name)
             if group.height:
-                value, stderr = stats.macro_mean_stderr((100 * group["score"]).to_list(), group["subject"].to_list())
+                value, stderr = stats.macro_mean_stderr(100 * group["score"], group["subject"], group["cluster"])
                 n_full = task.n_full - (left_out or {}).get(name, 0)
                 tasks[name] = (group["protocol"][0], name, task.metric, value, stderr, group.height, n_full)
         rows += [(*key, *row, subset) for row in tasks.values()]

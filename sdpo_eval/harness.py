@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub.errors import HTTPError
 
-from sdpo_data.prefix import score_completions
+from sdpo_data import workers
+from sdpo_data.prefix import score_together
 from sdpo_data.tables import SdpoError
 from sdpo_eval.documents import LM_EVAL, SHOTS_SEED, Documents
 from sdpo_eval.h4 import Task
@@ -88,15 +89,26 @@ def _lm_eval_task(task: Task, subject: str, splits: dict[str, list[dict]]) -> "C
     return ConfigurableTask(config=config)
 
 
-def prefix_lm(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", token_budget: int = 4096) -> "HFLM":
+def prefix_lm(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", token_budget: int | None = None
+) -> "HFLM":
     """Give lm-eval's HFLM for a loaded model, with its log-probabilities from the prefix engine.
 
-    It can stand wherever an HFLM does: `lm_eval.simple_evaluate(model=prefix_lm(...), tasks=...)`.
-    Requests are encoded by HFLM; what they share is computed once. All else (generation, rolling
-    windows, models that are not causal) is HFLM's own.
+    It can stand wherever an HFLM does, for any task that weighs continuations. Requests are encoded by
+    HFLM; what they share is computed once. All else (generation, models that are not causal) is
+    HFLM's own. Processes of `accelerate launch` share the work, and each gets every answer.
 
     Args:
-        token_budget: tokens per packed row at most.
+        token_budget: tokens of a forward pass at most; None for what suits the device.
+
+    Example:
+        import lm_eval
+        import sdpo_data
+        import sdpo_eval
+
+        lm = sdpo_eval.prefix_lm(*sdpo_data.load_model("my/model", "bfloat16"))
+        got = lm_eval.simple_evaluate(model=lm, tasks=["winogrande", "lambada_openai"], limit=200)
+        print(got["results"])
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -114,11 +126,20 @@ def prefix_lm(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", to
                 ids = (context + answer)[-(self.max_length + 1) :]  # as HFLM cuts
                 sequences.append((ids, len(ids) - len(answer)))
             answers: list[tuple[float, bool]] = [(math.nan, False)] * len(requests)
-            for places, completions in score_completions(model, sequences, token_budget):
+            for places, completions in score_together(model, sequences, token_budget):
                 for place, completion in zip(places, completions, strict=True):
                     answers[place] = (float(completion.logps.sum(dtype="float64")), completion.greedy)
                     self.cache_hook.add_partial("loglikelihood", requests[place][0], answers[place])
             return answers
+
+        def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:  # noqa: FBT001 - HFLM's
+            if any(request.args[1].get("do_sample") for request in requests):
+                return super().generate_until(requests, disable_tqdm)  # one stream of random numbers: all do all
+            said = [""] * len(requests)
+            own = super().generate_until(requests[workers.rank() :: workers.count()], disable_tqdm)
+            for rank, part in enumerate(workers.gather(own)):
+                said[rank :: workers.count()] = part
+            return said
 
     with quiet():  # of lm-eval's warnings that the model is loaded already
         return PrefixLM(pretrained=model, tokenizer=cast(Any, tokenizer))
@@ -141,8 +162,12 @@ def evaluate_task(lm: "HFLM", name: str, limit: int | None, task_dir: str | None
     with quiet():
         tasks, manager = _load_tasks(name, task_dir)
         got = simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=1000)
-    assert got is not None
-    results, items = [], []
+    return workers.from_main(lambda: _evaluated(got, tasks, dtype))  # lm-eval gives them to one process of a host
+
+
+def _evaluated(got: Any, tasks: list[Any], dtype: str) -> "Evaluated":
+    results, items, questions = [], [], []
+    asks = {task.config.task: task.doc_to_text for task in tasks}
     for task, samples in got["samples"].items():
         counts = got["n-samples"][task]
         hashes = sorted({(sample["doc_hash"], sample["prompt_hash"]) for sample in samples})
@@ -150,16 +175,22 @@ def evaluate_task(lm: "HFLM", name: str, limit: int | None, task_dir: str | None
         protocol = f"lm-eval@{hashlib.sha256(rule.encode()).hexdigest()[:12]}"
         results += _result_rows(task, protocol, got["results"][task], counts)
         first = samples[0]["filter"] if samples else None
-        items += [row for sample in samples if sample["filter"] == first for row in _item_rows(task, protocol, sample)]
-    return Evaluated(results, items)
+        for sample in samples:
+            if sample["filter"] == first:
+                items += _item_rows(task, protocol, sample)
+                text, key = asks[task](sample["doc"]), f"{task}/{sample['doc_id']}"
+                text = text if isinstance(text, str) else sample["arguments"][0][0]  # winogrande's is which blank it is
+                questions.append({"protocol": protocol, "task": task, "item_id": key, "text": text})
+    return Evaluated(results, items, questions)
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What a task gave: the columns of RESULTS and of ITEMS that do not say which model it was."""
+    """What a task gave: the columns of RESULTS and of ITEMS that do not say which model it was; DOCUMENTS."""
 
     results: list[dict[str, Any]]
     items: list[dict[str, Any]]
+    questions: list[dict[str, Any]]
 
 
 def _load_tasks(name: str, task_dir: str | None) -> "tuple[list[Any], TaskManager]":
@@ -202,9 +233,10 @@ def _item_rows(task: str, protocol: str, sample: dict[str, Any]) -> Iterator[dic
     score = sample.get(sample["metrics"][0]) if sample["metrics"] else None
     if isinstance(score, int | float):  # a perplexity's parts are no score of a question
         said = sample["filtered_resps"]
+        item_id = f"{task}/{sample['doc_id']}"
         weighed = [float(one[0]) for one in said if isinstance(one, list | tuple) and isinstance(one[0], int | float)]
         yield {
-            "protocol": protocol, "task": task, "item_id": f"{task}/{sample['doc_id']}", "subject": task,
+            "protocol": protocol, "task": task, "item_id": item_id, "subject": task, "cluster": item_id,
             "correct": float(score) if score in (0, 1) else None, "score": float(score), "gold_logp": None,
             "choice_logps": weighed,
         }  # fmt: skip

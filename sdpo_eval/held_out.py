@@ -5,6 +5,7 @@ Choosing a step by H4 and reporting its H4 would be choosing on the test.
 Examples:
     python -m sdpo_eval.held_out runs/a                     # held_out_scores/*.parquet, and the steps by accuracy
     python -m sdpo_eval.held_out runs/a --token-budget 8192
+    accelerate launch -m sdpo_eval.held_out runs/a          # on several devices
 """
 
 import logging
@@ -13,6 +14,7 @@ from typing import Any
 
 import polars as pl
 
+from sdpo_data import workers
 from sdpo_data.config import read_command
 from sdpo_data.console import command, print_table, say
 from sdpo_data.models import model_key
@@ -69,7 +71,7 @@ def score_held_out(
     for arm, seed, step, model, key in models:
         table = f"held_out_scores/{arm}-{seed}-{step}"
         recipe = {"model": key, **config.model_dump(exclude={"token_budget", "store", "against", "keep_token_logps"})}
-        with run.stage(table, recipe, ["held_out"], force=force) as stage:
+        with workers.main_stage(run, table, recipe, ["held_out"], force=force) as stage:
             if stage.current:
                 frames[key] = check(run.read(table), SCORES, table)
                 continue
@@ -77,7 +79,8 @@ def score_held_out(
                 frames[key] = _scored(pairs, model, key, config)
             unit = zip(UNIT, (arm, seed, step), strict=True)
             columns = [pl.lit(value, STEPS[name]).alias(name) for name, value in unit]
-            stage.write(table, frames[key].with_columns(columns).select(list(HELD_OUT_SCORES)))
+            if workers.is_main():
+                stage.write(table, frames[key].with_columns(columns).select(list(HELD_OUT_SCORES)))
     return read_held_out(run)
 
 
@@ -128,6 +131,8 @@ def main() -> None:
     assert isinstance(config, ScoreConfig)
     made = call.run.lineage
     scores = score_held_out(call.run, call.model, config, force=call.force)
+    if not workers.is_main():
+        return
     if call.run.lineage == made:
         say(f"up to date: {call.run.path / 'held_out_scores'}")
         return

@@ -12,9 +12,10 @@ import polars as pl
 import pydantic
 import ruamel.yaml
 
+from sdpo_data import workers
 from sdpo_data.config import Settings, merge_config
 from sdpo_data.models import model_key
-from sdpo_data.run import Run
+from sdpo_data.run import Run, Stage, write_atomically
 from sdpo_data.tables import DOCUMENTS, STEPS, SdpoError, check
 from sdpo_eval import h4
 from sdpo_eval.documents import document_text, fingerprint, load_documents
@@ -51,8 +52,8 @@ class EvalConfig(Settings):
     """Folder with lm-eval task files (YAML) of your own, for tasks beside H4."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of weights and forward pass, the same for every model."""
-    token_budget: int = pydantic.Field(4096, ge=1)
-    """Tokens per packed row at most. Changes speed and memory; the numbers only within float noise."""
+    token_budget: int | None = pydantic.Field(None, ge=1)
+    """Tokens of a forward pass at most; None for what suits the device. Changes the numbers only within float noise."""
 
     @pydantic.model_validator(mode="after")
     def _one_size(self) -> Self:
@@ -104,6 +105,19 @@ class Plan:
     chain: bool
     """The candidates are the steps of one run: what differs between them must be the weights alone."""
 
+    def keep(self, stage: Stage, table: str, frame: pl.DataFrame) -> None:
+        """Write a table of answers and the settings they were asked by; of several processes the main one does."""
+        if workers.is_main():
+            stage.write(table, frame)
+            self.save_settings()
+
+    def keep_texts(self, documents: pl.DataFrame) -> None:
+        """Write questions as text, once for each task and protocol: what flips is shown by it."""
+        for (task, protocol), own in documents.group_by("task", "protocol"):
+            path = self.run.path / f"questions/{task}-{protocol}.parquet"
+            if workers.is_main() and not path.exists():
+                write_atomically(path, own.write_parquet)
+
     def save_settings(self) -> None:
         first, model = self.candidates[0], {}
         if first.arm == "base" and not isinstance(first.model, tuple) and self.run.steps.is_empty():
@@ -116,7 +130,7 @@ def plan_evaluation(
 ) -> Plan:
     """Find out whom to ask what, and refuse what cannot be, before anything is done: see `evaluate`."""
     candidates = _candidates(models, run, base)
-    questions = plan_questions(config, run)
+    questions = workers.from_main(lambda: plan_questions(config, run))  # one of them asks the hub, or all may differ
     missing = [name for name in h4_tasks(config) if name not in questions or not questions[name].documents]
     if not force:
         for candidate in candidates:
@@ -131,15 +145,17 @@ def plan_questions(config: EvalConfig, run: Run) -> dict[str, Questions]:
     return {name: asked for name, asked in found.items() if asked}
 
 
-def list_documents(questions: Iterable[Questions]) -> pl.DataFrame:
-    """Give what is evaluated as text, to hold training data against: DOCUMENTS, one row per item asked."""
-    rows = []
-    for asked in questions:
-        documents = asked.documents or {}
-        for item_id in asked.chosen if documents else []:
-            subject, _, row = item_id.rpartition("/")
-            text = document_text(documents[subject][asked.task.split][int(row)])
-            rows.append((asked.protocol, asked.task.name, item_id, text))
+def list_documents(questions: Iterable[Questions], *, every: bool = False) -> pl.DataFrame:
+    """Give what is evaluated as text, to hold training data against: DOCUMENTS.
+
+    Args:
+        every: all items of the tasks; if not, those that are asked.
+    """
+    rows = [
+        (asked.protocol, asked.task.name, item_id, document_text(asked.document(item_id)))
+        for asked in questions
+        for item_id in ((asked.every if every else asked.chosen) if asked.documents else [])
+    ]
     return pl.DataFrame(rows, DOCUMENTS, orient="row")
 
 
@@ -186,6 +202,11 @@ def _key(model: Any) -> str:
     if isinstance(model, str | Path):
         return model_key(model)
     if isinstance(model, tuple):
+        if any(parameter.is_meta for parameter in model[0].parameters()):
+            raise SdpoError(
+                f"A loaded {type(model[0]).__name__} has weights off its device, so it is not known by them. Give its "
+                "folder: what is larger than a device is spread over several by itself."
+            )
         return model_key(model[0])
     raise SdpoError(
         f"Cannot evaluate a {type(model).__name__}. Give a folder, a hub id, embedded:NAME, or (model, tokenizer)."

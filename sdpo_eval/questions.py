@@ -68,6 +68,22 @@ class Questions:
     documents: Documents | None
     """None: out of reach; only what was answered before is known."""
 
+    @property
+    def every(self) -> list[str]:
+        """Ids of all items that the task has, subject by subject."""
+        sizes = {subject: len(splits[self.task.split]) for subject, splits in (self.documents or {}).items()}
+        return [f"{subject}/{row}" for subject, size in sizes.items() for row in range(size)]
+
+    def document(self, item_id: str) -> dict[str, Any]:
+        """Give the document that an item is made of."""
+        assert self.documents is not None
+        subject, _, row = item_id.rpartition("/")
+        return self.documents[subject][self.task.split][int(row)]
+
+    def cluster(self, item_id: str) -> str:
+        """Name what an item was made from, which others may share; by default itself."""
+        return str(self.document(item_id)[self.task.made_from]) if self.task.made_from else item_id
+
     def encode(self, item_ids: Sequence[str], tokenizer: "PreTrainedTokenizerBase", folder: Path) -> pl.DataFrame:
         """Give questions as token ids, from `folder` where they have been written out before.
 

@@ -6,7 +6,7 @@ at least ENOUGH_SEEDS seeds; with fewer, only the first can be had.
 """
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,21 +24,6 @@ CHUNK = 1_000  # resamples drawn at once, for memory
 Array = NDArray[np.float64]
 
 
-def mean_stderr(values: Sequence[float]) -> tuple[float, float | None]:
-    """Average values and give the mean's standard error, s / sqrt(n) with s over n - 1.
-
-    Args:
-        values: at least one, finite.
-
-    Returns:
-        mean, and its standard error; None where the values show no spread, because there is one
-        or because they are equal: four wrong answers are not 0 +- 0.
-    """
-    array = np.asarray(values, dtype=float)
-    stderr = float(array.std(ddof=1)) / math.sqrt(array.size) if np.ptp(array) > 0 else None
-    return float(array.mean()), stderr
-
-
 def mean_of_means(means: Sequence[float], stderrs: Sequence[float | None]) -> tuple[float, float | None]:
     """Average independent means, each counting once, with sqrt(sum of SE^2) / k: H4 of its four tasks.
 
@@ -52,7 +37,9 @@ def mean_of_means(means: Sequence[float], stderrs: Sequence[float | None]) -> tu
     return math.fsum(means) / len(means), stderr
 
 
-def macro_mean_stderr(values: Sequence[float], strata: Sequence[Hashable]) -> tuple[float, float | None]:
+def macro_mean_stderr(
+    values: ArrayLike, strata: ArrayLike | None = None, clusters: ArrayLike | None = None
+) -> tuple[float, float | None]:
     """Average the means of fixed strata, each counting once: MMLU over its subjects.
 
     The strata are all there are, not a draw from more: differences between them are no error,
@@ -62,22 +49,20 @@ def macro_mean_stderr(values: Sequence[float], strata: Sequence[Hashable]) -> tu
 
     Args:
         values: at least one, finite.
-        strata: the stratum of each value.
+        strata: the stratum of each value; by default all are of one, and the error is s / sqrt(n).
+        clusters: the cluster of each value, whose values are one draw; by default each is its own.
 
     Returns:
-        macro mean, and its standard error; None where all values are equal.
+        macro mean, and its standard error; None where the values show no spread, because there is one
+        or because they are equal: four wrong answers are not 0 +- 0.
 
-    Source: arXiv 2411.00640 for strata; Cochran, Sampling Techniques, 3rd edition, section
-        5A.12, for collapsing those with one unit (here all of them, into one).
+    Source: arXiv 2411.00640 for strata and clusters; Cochran, Sampling Techniques, 3rd edition, section
+        5A.12, for collapsing strata with one unit (here all of them, into one). Deviation: times
+        sqrt(G / (G - 1)) for G clusters of a stratum.
     """
-    groups: dict[Hashable, list[float]] = {}
-    for value, stratum in zip(values, strata, strict=True):
-        groups.setdefault(stratum, []).append(value)
-    means, stderrs = zip(*map(mean_stderr, groups.values()), strict=True)
-    if None in stderrs and np.ptp(values) > 0:
-        spread = float(np.std(np.asarray(values, dtype=float), ddof=1))
-        stderrs = [spread / math.sqrt(len(group)) for group in groups.values()]
-    return mean_of_means(means, stderrs)
+    task = Differences.of(values, strata, clusters)
+    known = _strata(task, task.values[0])
+    return float(task.macro_means()[0]), math.sqrt(_variance(known)) if known else None
 
 
 @dataclass(frozen=True)

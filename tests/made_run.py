@@ -126,7 +126,8 @@ def make_items(draw: random.Random, path: Path, arm: str, step: int, task: str) 
         score = chance if task == "truthfulqa_mc2" else float(chance < 0.3 + 0.02 * step)
         score, correct = min(1.0, max(0.0, score)), None if task == "truthfulqa_mc2" else score
         head = arm, 0, step, KEYS[arm, step], f"h4-lmeval@{task[:4]}", task
-        rows.append((*head, f"{subject}/{number}", subject, correct, score, -12.5, [-12.5, -13.0]))
+        item_id = f"{subject}/{number}"
+        rows.append((*head, item_id, subject, item_id, correct, score, -12.5, [-12.5, -13.0]))
     return write(path / f"items/{arm}-0-{step}-{task}.parquet", pl.DataFrame(rows, ITEMS, orient="row"), ITEMS)
 
 

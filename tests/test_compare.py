@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
-from made_run import KEYS, make_run
+from made_run import KEYS, make_run, write
 
 import sdpo_eval
-from sdpo_data.tables import ITEMS, SdpoError
+from sdpo_data.run import Run
+from sdpo_data.tables import CONTAMINATION, DOCUMENTS, ITEMS, SdpoError
 from sdpo_eval.changes import FIELDS, find_flips, find_forgetting
-from sdpo_eval.compare import compare_models, find_worse, main
+from sdpo_eval.clean import Clean, read_clean
+from sdpo_eval.compare import compare_models, find_worse, main, tabulate_clean
 from sdpo_eval.contrasts import (
     CHECKPOINTS,
     CONTRASTS,
@@ -35,7 +37,7 @@ def items(
         subject = ("philosophy", "virology")[number % 2] if task == "mmlu" else task
         correct = None if task == "truthfulqa_mc2" else score
         head = (arm, seed, step, f"key of {arm} {seed} {step}", f"p@{task}", task, f"{subject}/{number}", subject)
-        rows.append((*head, correct, score, -1.0 - number, [-1.0 - number, -2.0]))
+        rows.append((*head, f"{subject}/{number}", correct, score, -1.0 - number, [-1.0 - number, -2.0]))
     return pl.DataFrame(rows, ITEMS, orient="row").with_columns(
         pl.lit(value).alias(name) for name, value in change.items()
     )
@@ -112,7 +114,7 @@ def test_several_right_answers_have_no_margin():
     assert pair_questions([(side(frame), side(frame))], "choice_margin") == {}
 
 
-def test_a_cluster_column_widens_the_error():
+def test_questions_of_one_cluster_are_one_draw():
     first, second = items("a", [0, 3, 1, 4]), items("b", [0, 0, 0, 0])
     got = contrast_models([(side(first.with_columns(cluster=pl.Series(["x", "y", "x", "y"]))), side(second))])
     assert got["stderr"][0] == pytest.approx(150)  # see test_stats.test_clusters_count_as_one_draw
@@ -211,6 +213,68 @@ def test_models_are_chosen_by_arm_seed_and_step():
         choose_models(known, "sdpo", 0, 3)
 
 
+# --- clean questions ------------------------------------------------------------------------
+
+
+def decontaminated(run: Path, touched: list[tuple[str, str, str]], unmatched: list[str] = []) -> Clean:  # noqa: B006
+    """Write what decontamination leaves: all of the run's questions were matched but for some, and some stand in pairs.
+
+    Args:
+        touched: (item_id, the pair, the rule).
+    """
+    items = Run(run).items.select("protocol", "task", "item_id").unique(maintain_order=True)
+    texts = items.filter(~pl.col("item_id").is_in(unmatched)).with_columns(text=pl.lit("What?"))
+    write(run / "documents.parquet", texts, DOCUMENTS)
+    rows = [(pair, item.split("/")[0], item, rule, "what") for item, pair, rule in touched]
+    write(run / "contamination.parquet", pl.DataFrame(rows, CONTAMINATION, orient="row"), CONTAMINATION)
+    clean = read_clean(Run(run))
+    assert clean
+    return clean
+
+
+def test_clean_is_what_was_matched_and_stands_in_no_pair_of_the_run(run):
+    assert read_clean(Run(run)) is None
+    pair = Run(run).pairs["pair_id"][0]
+    touched = [("hellaswag/1", pair, "question"), ("hellaswag/2", pair, "13-gram"), ("hellaswag/3", "gone", "8-gram")]
+    clean = decontaminated(run, touched, unmatched=["hellaswag/4"])
+    kept = clean.keep(Run(run).items.filter(task="hellaswag", arm="base"))["item_id"].to_list()
+    assert kept == [f"hellaswag/{number}" for number in range(80) if number not in (1, 4)]
+    (run / "config.yaml").write_text("decontaminate:\n  rules: [13-gram]\n")
+    assert read_clean(Run(run)).touched["item_id"].to_list() == ["hellaswag/2"]
+    (run / "documents.parquet").unlink()
+    with pytest.raises(SdpoError, match=r"documents.parquet does not exist. Make it with: python -m sdpo_eval .*--doc"):
+        read_clean(Run(run))
+
+
+def test_clean_questions_are_contrasted_beside_all(run, tmp_path, capsys):
+    # of six questions the first has 1, 3 and 5 alone; 1 and 3 stand in the pairs: 1 of 4 remains
+    one, two = side(items("a", [0, 1, 0, 1, 0, 1])), side(items("b", [0] * 6))
+    key = {"task": "arc_challenge", "item_id": [f"arc_challenge/{number}" for number in range(6)]}
+    clean = Clean(pl.DataFrame(key), pl.DataFrame(key).filter(pl.col("item_id").str.contains("[13]$")))
+    got = contrast_models([(one, two)], CompareConfig(primary="a - b", primary_task="arc_challenge"), clean=[clean])
+    assert got.select("subset", "effect", "n", "only_first", "primary").rows() == [
+        ("all", 50.0, 6, 3, True), ("clean", 25.0, 4, 1, True),
+    ]  # fmt: skip
+    half = Clean(pl.DataFrame(key).head(5), pl.DataFrame(key).head(0))
+    both = contrast_models([(one, two)], clean=[clean, half])
+    assert both.filter(subset="clean").select("effect", "n").rows() == [(0.0, 3)]  # 5 was not matched: not known
+    nothing = Clean(pl.DataFrame(key).head(0), pl.DataFrame(key).head(0))
+    assert contrast_models([(one, two)], clean=[nothing])["subset"].to_list() == ["all"]
+    pair = Run(run).pairs["pair_id"][0]
+    decontaminated(run, [(f"hellaswag/{number}", pair, "question") for number in range(30)])
+    main([str(run)])
+    assert "without the questions that the training pairs give away" in capsys.readouterr().out
+    beside = tabulate_clean(compare_models(run)).rows(named=True)
+    assert list(beside[0]) == ["task", "clean", "n clean", "clean:", "all", "n all", "all:"]
+    assert [(row["task"], row["n clean"], row["n all"]) for row in beside[:3]] == [
+        ("H4", 255, 285), ("ARC-Challenge", 60, 60), ("HellaSwag", 50, 80),
+    ]  # fmt: skip
+    rows = compare_models(run).filter(task="hellaswag").select("subset", "n").rows()
+    assert rows == [("all", 80), ("clean", 50)]
+    other = make_run(tmp_path / "old", seed=1)  # not decontaminated: what this run says holds
+    assert compare_models(other, run).filter(task="hellaswag")["n"].to_list() == [80, 50]
+
+
 # --- what changed beneath -------------------------------------------------------------------
 
 
@@ -244,7 +308,7 @@ def test_flips_with_and_without_text():
     # 0 and 2 flip; the right answer's log-probability changed by -4 in 0 and +6 in 2: 2 comes first
     first = items("a", [0, 1, 1, 0]).with_columns(gold_logp=pl.Series([-5.0, -1.0, -1.0, -9.0]))
     second = items("b", [1, 1, 0, 0]).with_columns(gold_logp=pl.Series([-1.0, -9.0, -7.0, -1.0]))
-    got = find_flips(side(first), side(second))
+    got = find_flips(side(first), side(second), DOCUMENTS.to_frame())
     assert got.select("item_id", "right", "gold_logp_change", "text").rows() == [
         ("arc_challenge/2", "a", 6.0, None),
         ("arc_challenge/0", "b", -4.0, None),
@@ -303,7 +367,8 @@ def test_a_run_without_answers(tmp_path):
 
 
 def test_non_inferiority_is_read_off_the_lower_end():
-    row = {"verdict_on": CHECKPOINTS, "first": "a", "second": "b", "metric": "score", "effect": -0.5, "n": 9}
+    row = {"verdict_on": CHECKPOINTS, "first": "a", "second": "b", "metric": "score", "subset": "all"}
+    row |= {"effect": -0.5, "n": 9}
     rows = [row | {"task": "h4", "low": -1.0}, row | {"task": "mmlu", "low": -9.0}]
     table = pl.DataFrame([dict.fromkeys(CONTRASTS) | one for one in rows], CONTRASTS)
     assert find_worse(table, 1.0) == []  # exactly the margin; MMLU does not count beside H4
@@ -313,6 +378,7 @@ def test_non_inferiority_is_read_off_the_lower_end():
     ]
     methods = table.with_columns(verdict_on=pl.lit(METHODS), low=-3.0)
     assert len(find_worse(pl.concat([table, methods]), 2.0)) == 1  # the methods', where there are any
+    assert len(find_worse(pl.concat([table, table.with_columns(subset=pl.lit("clean"), low=-9.0)]), 1.0)) == 0
     unknown = table.with_columns(low=pl.lit(None, pl.Float64))
     assert find_worse(unknown, 1.0) == [
         "a against b, H4: no question of 9 differs from another, so others are not known. Ask more."
@@ -325,6 +391,18 @@ def test_the_command_prints_the_contrasts(run, capsys):
     assert "sdpo step 2 − dpo step 1" in said
     assert "H4" in said
     assert "on these checkpoints, not on the methods behind them" in said
+
+
+def test_the_command_shows_questions_that_flipped(run, capsys):
+    texts = Run(run).items.filter(arm="base", task="hellaswag").select("protocol", "task", "item_id")
+    texts = texts.with_columns(text=pl.format("What is {}?", "item_id"))
+    write(run / "questions/hellaswag.parquet", texts, DOCUMENTS)
+    main([str(run), "--flips", "9999"])
+    said = " ".join(capsys.readouterr().out.split())
+    flips = find_flips(choose_models(Run(run).items, "sdpo"), choose_models(Run(run).items, "base"), Run(run).questions)
+    assert f"sdpo step 2 − base: {flips.height:,} questions that one alone gets right" in said
+    shown = flips.filter(task="hellaswag").height
+    assert 0 < shown == said.count("What is hellaswag/")
 
 
 def test_the_exit_code_of_a_worse_model(run, capsys):
@@ -356,9 +434,8 @@ def test_the_report_shows_changes_and_alarms(run):
     assert report.table("forgetting").filter(part="HellaSwag")["forgotten"].to_list() == ["yes", "yes"]
     assert report.table("likelihoods").columns[-2:] == ["gold_logp", "choice_margin"]
     asked = report.table("flipped_questions")["question"].to_list()
-    base.select("protocol", "task", "item_id", text=pl.format("What is {}?", "item_id")).write_parquet(
-        run / "documents.parquet"
-    )
+    texts = base.select("protocol", "task", "item_id", text=pl.format("What is {}?", "item_id"))
+    write(run / "questions/hellaswag.parquet", texts, DOCUMENTS)
     assert "What is hellaswag/0?" not in asked
     assert any("What is hellaswag/" in question for question in Report(run).table("flipped_questions")["question"])
 

@@ -283,7 +283,8 @@ def test_another_lm_eval_is_another_protocol(small, folder, monkeypatch):
 def items(task, scores, subject=None, arm="base", step=0):
     rows = [
         {"arm": arm, "seed": 0, "step": step, "model_key": f"{arm}{step}", "protocol": f"h4-lmeval@{task}",
-         "task": task, "item_id": f"{subject or task}/{row}", "subject": subject or task, "correct": None,
+         "task": task, "item_id": f"{subject or task}/{row}", "subject": subject or task,
+         "cluster": f"{subject or task}/{row}", "correct": None,
          "score": score, "gold_logp": -1.0, "choice_logps": [-1.0, -2.0]}
         for row, score in enumerate(scores)
     ]  # fmt: skip
@@ -308,6 +309,15 @@ def test_results_by_hand():
     mmlu = 10_000 / 24
     assert results["stderr"].to_list() == pytest.approx([25, 50, mmlu**0.5, 10, (3225 + mmlu) ** 0.5 / 4])
     assert results["subset"].unique().to_list() == ["all"]
+
+
+def test_hellaswags_questions_of_one_document_are_one_draw():
+    # 1, 1 of x and 0, 0 of y: mean 50; residues of their sums 1 and -1; SE 100 sqrt(2 / 1 * (1 + 1)) / 4 = 50.
+    # As four draws it would be 100 sqrt(1/3 / 4) = 28.87.
+    frame = items("hellaswag", [1, 1, 0, 0])
+    assert h4.summarise_items(frame)["stderr"][0] == pytest.approx(100 * (1 / 12) ** 0.5)
+    documents = pl.Series(["x", "x", "y", "y"])
+    assert h4.summarise_items(frame.with_columns(cluster=documents))["stderr"][0] == pytest.approx(50)
 
 
 TABLE_2 = [  # arXiv 2403.19270: H4, ARC, HellaSwag, MMLU, TruthfulQA

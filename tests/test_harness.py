@@ -5,6 +5,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import polars as pl
 import pytest
@@ -14,9 +15,11 @@ from polars.testing import assert_frame_equal
 from sdpo_data import assets
 from sdpo_data.models import load_model, model_key
 from sdpo_data.run import Run
-from sdpo_data.tables import DOCUMENTS, ITEMS, RESULTS, STEPS, SdpoError, check
-from sdpo_eval import EvalConfig, answers, evaluate, h4, h4_v1, questions
+from sdpo_data.tables import CONTAMINATION, DOCUMENTS, ITEMS, RESULTS, STEPS, SdpoError, check
+from sdpo_eval import EvalConfig, answers, compare_models, evaluate, h4, h4_v1, questions
 from sdpo_eval.answers import answer_requests
+from sdpo_eval.changes import find_flips, find_forgetting
+from sdpo_eval.contrasts import choose_models
 from sdpo_eval.documents import load_documents
 from sdpo_eval.harness import prefix_lm, write_items
 from sdpo_eval.questions import encode_items
@@ -34,7 +37,8 @@ def hellaswag_rows(count):
     return [
         {"ind": row, "activity_label": f"Act {row}", "ctx": "",
          "ctx_a": f"[title] She takes  {WORDS[row % 8]}.", "ctx_b": "then she",
-         "endings": [f"{ending} [step] it." for ending in choices(row)], "label": str(row % 4)}
+         "endings": [f"{ending} [step] it." for ending in choices(row)], "label": str(row % 4),
+         "source_id": f"document {row // 2}"}
         for row in range(count)
     ]  # fmt: skip
 
@@ -336,10 +340,16 @@ def test_a_result_is_the_mean_of_its_items(small, models, run):
     results = evaluate(models / "one", config(small), run)
     items = Run(run).items
     for task in ("arc_challenge", "hellaswag", "truthfulqa_mc2"):
-        scores = items.filter(task=task)["score"]
-        row = results.filter(task=task).row(0, named=True)
+        own = items.filter(task=task)
+        scores, row = own["score"], results.filter(task=task).row(0, named=True)
         assert row["value"] == pytest.approx(100 * scores.mean())
-        assert row["stderr"] == pytest.approx(100 * scores.std() / len(scores) ** 0.5)
+        sums = own.group_by("cluster").agg((pl.col("score") - scores.mean()).sum())["score"]
+        error = 100 * (len(sums) / (len(sums) - 1) * (sums**2).sum()) ** 0.5 / len(scores)
+        assert row["stderr"] == (pytest.approx(error) if error else None)
+        clusters = {int(item.split("/")[1]): cluster for item, cluster in own.select("item_id", "cluster").iter_rows()}
+        made_from = "document {}" if task == "hellaswag" else f"{task}/{{}}"
+        per = 2 if task == "hellaswag" else 1
+        assert clusters == {row: made_from.format(row // per) for row in range(COUNTS[task])}
     by_subject = items.filter(task="mmlu").group_by("subject").agg(pl.col("score").mean())["score"]
     assert len(by_subject) == 3
     assert results.filter(task="mmlu")["value"][0] == pytest.approx(100 * by_subject.mean())
@@ -527,6 +537,27 @@ def test_loaded_models_and_their_dtype(small, models):
 
 
 @pytest.mark.real
+def test_a_model_spread_over_devices(small, models, monkeypatch, tmp_path):
+    """One layer lies on disk, as where a model is larger than its device: the same answers."""
+    import accelerate
+
+    def spread(name, dtype):
+        model, tokenizer = load_model(name, dtype)
+        place = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu",
+                 "model.rotary_emb": "cpu", "lm_head": "cpu"}  # fmt: skip
+        return accelerate.dispatch_model(model, place, offload_dir=str(tmp_path), force_hooks=True), tokenizer
+
+    tasks = config(small, tasks=["mmlu"])
+    whole = evaluate(models / "one", tasks)
+    monkeypatch.setattr(answers, "load_model", spread)
+    assert_frame_equal(evaluate(models / "one", tasks), whole)
+    with pytest.raises(
+        SdpoError, match=r"A loaded \w+ has weights off its device, so it is not known by them. Give its"
+    ):
+        evaluate(spread(models / "one", "float32"), tasks)
+
+
+@pytest.mark.real
 def test_dtypes_are_different_protocols(small, models):
     single, half = (
         evaluate(models / "one", config(small, limit=1, tasks=["mmlu"], dtype=dtype))
@@ -612,13 +643,16 @@ def test_what_is_evaluated_as_text(small, run, run_command):
     assert not (run / "results.parquet").exists()
 
 
-def test_clean_results_leave_out_what_training_pairs_touch(small, models, run):
+def test_clean_results_leave_out_what_training_pairs_touch(small, models, run, pairs, caplog):
     tasks = config(small, tasks=["arc_challenge", "truthfulqa_mc2"])
     before = evaluate(models / "one", tasks, run)
     assert before["subset"].unique().to_list() == ["all"]
-    touched = [("p1", "arc_challenge", "arc_challenge/2"), ("p2", "arc_challenge", "arc_challenge/2"),
-               ("p3", "arc_challenge", "arc_challenge/5")]  # fmt: skip
-    pl.DataFrame(touched, ["pair_id", "task", "item_id"], orient="row").write_parquet(run / "contamination.parquet")
+    found = [(pair, "arc_challenge", f"arc_challenge/{row}", rule, "words")
+             for pair, row, rule in (("p1", 2, "question"), ("p2", 2, "8-gram"), ("p3", 5, "question"),
+                                     ("p1", 0, "13-gram"), ("gone", 1, "question"))]  # fmt: skip
+    pl.DataFrame(found, CONTAMINATION, orient="row").write_parquet(run / "contamination.parquet")
+    pairs.with_columns(pair_id=pl.format("p{}", pl.int_range(pl.len()))).write_parquet(run / "pairs.parquet")
+    Run(run).questions.write_parquet(run / "documents.parquet")
     results = evaluate(models / "one", tasks, run)
     assert_frame_equal(results.filter(subset="all"), before)
     clean = results.filter(subset="clean")
@@ -627,6 +661,10 @@ def test_clean_results_leave_out_what_training_pairs_touch(small, models, run):
     scores = scores.filter(~pl.col("item_id").str.ends_with("/5"))["score"]
     assert clean["value"][0] == pytest.approx(100 * scores.mean())
     assert clean["value"][1] == before["value"][1]
+    Run(run).questions.filter(task="arc_challenge").write_parquet(run / "documents.parquet")
+    results = evaluate(models / "one", tasks, run)  # nobody knows whether TruthfulQA's are clean
+    assert results.filter(subset="clean")["task"].to_list() == ["arc_challenge"]
+    assert "5 questions were not in the documents that the pairs were held against" in caplog.text
 
 
 def test_show_prints_the_ends_of_one_request_per_task(small, models, run, run_command):
@@ -720,8 +758,19 @@ def test_other_tasks_stand_beside_h4_and_are_lm_evals_own(small, models, run, ot
         assert row["score"] == sample["acc"]
     assert results.filter(task="choose", metric="acc")["value"][0] == pytest.approx(100 * ours["score"].mean())
     assert results.filter(task="choose")["protocol"][0].startswith("lm-eval@")
+    texts = dict(Run(run).questions.filter(~pl.col("task").is_in(list(h4.TASKS))).select("item_id", "text").rows())
+    assert texts == {f"{task}/{row}": f"Is it {row}?" for task in ("choose", "write_it") for row in range(3)}
     monkeypatch.setattr(answers, "load_model", None)
     assert_frame_equal(evaluate(models / "one", settings, run), results)  # nothing is done a second time
+    both = evaluate({"copy": models / "one"}, settings, run)  # nor for equal weights under another name
+    own = [both.filter(arm=arm).drop("arm") for arm in ("base", "copy")]
+    assert_frame_equal(*own)
+    assert own[0].height == 4
+    compared = compare_models(run, a="copy")  # tasks beside H4 stand among the contrasts, and in no mean
+    assert compared.select("task", "effect").rows() == [("mmlu", 0.0), ("choose", 0.0), ("write_it", 0.0)]
+    sides = [choose_models(Run(run).items, arm) for arm in ("copy", "base")]
+    assert find_forgetting(*sides).select("task").unique().height == 3
+    assert find_flips(*sides, Run(run).questions).is_empty()
 
 
 @pytest.mark.real
@@ -746,6 +795,42 @@ def test_anyones_simple_evaluate_on_the_prefix_engine(models):
     theirs = HFLM(pretrained=model, tokenizer=tokenizer)._loglikelihood_tokens(requests, disable_tqdm=True)
     assert [logp for logp, _ in ours] == pytest.approx([logp for logp, _ in theirs], abs=1e-4)
     assert [greedy for _, greedy in ours] == [greedy for _, greedy in theirs]
+
+
+@pytest.mark.real
+def test_the_documented_example_gives_what_hflm_gives(models, other_tasks, tmp_path, monkeypatch):
+    """The lines of its docstring, on tasks of one's own: choices, and a text's perplexity by rolling windows."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
+    text = {"task": "perplexity", "output_type": "loglikelihood_rolling", "doc_to_text": "", "dataset_path": "json",
+            "dataset_kwargs": {"data_files": {"test": str(other_tasks / "own.jsonl")}}, "test_split": "test",
+            "doc_to_target": "{{answers|join(' and ')}}", "metric_list": [{"metric": "bits_per_byte"}]}  # fmt: skip
+    ruamel.yaml.YAML().dump(text, other_tasks / "perplexity.yaml")
+    tasks = [str(other_tasks / f"{name}.yaml") for name in ("choose", "perplexity")]
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    example = textwrap.dedent(prefix_lm.__doc__.split("Example:\n")[1])
+    example = example.replace('"my/model", "bfloat16"', repr(str(models / "one")))
+    names: dict = {}
+    exec(example.replace('["winogrande", "lambada_openai"]', repr(tasks)), names)
+    hflm = HFLM(pretrained=names["lm"].model, tokenizer=names["lm"].tokenizer)
+    theirs = lm_eval.simple_evaluate(model=hflm, tasks=tasks, limit=200)
+    assert set(names["got"]["results"]) == {"choose", "perplexity"}
+    for task, scores in theirs["results"].items():
+        for name, value in scores.items():
+            ours = names["got"]["results"][task][name]
+            assert ours == (pytest.approx(value, abs=1e-5) if isinstance(value, float) else value), (task, name)
+
+
+def test_where_the_engine_does_not_apply_hflm_answers(models, monkeypatch):
+    from lm_eval.models.huggingface import HFLM
+
+    asked = []
+    monkeypatch.setattr(HFLM, "_loglikelihood_tokens", lambda self, requests, *_: asked.append(requests))
+    lm = prefix_lm(*load_model(models / "one"))
+    lm.backend = "seq2seq"
+    lm._loglikelihood_tokens([(("", ""), [5], [8])])
+    assert asked == [[(("", ""), [5], [8])]]
 
 
 # The real model and data

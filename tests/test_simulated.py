@@ -117,6 +117,38 @@ def test_the_detectable_difference_of_methods_is_found_in_80_percent():
     assert methods(detectable_difference(stderr, freedom=freedom), rounds=500, **SEED_NOISE) == near(0.8, 500, 0.04)
 
 
+def clustered(draw: np.random.Generator, documents: int, each: int, alike: float, seeds: int = 1) -> Differences:
+    """One task of equal arms: the questions of a share of the documents get one difference, others each their own."""
+    values = draw.normal(0, 20, (1, documents, each))
+    same = draw.random(documents) < alike
+    values[:, same] = values[:, same, :1]
+    values = values + draw.normal(0, 10, (seeds, documents, each))
+    return Differences.of(values.reshape(seeds, -1), clusters=np.repeat(np.arange(documents), each))
+
+
+def unclustered(task: Differences) -> Differences:
+    return Differences.of(task.values, task.strata)
+
+
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_clustered_questions_are_told_apart_in_5_percent_only_by_their_clusters(seeds):
+    """Three questions a document, half of the documents alike: their mean varies at least 1 + 2 * 0.4 times as much.
+
+    The variance of a difference is 400 + 100 (400 + 20 of five seeds), of which 400 is shared by half of the documents.
+    """
+    draw = np.random.default_rng(seeds)
+
+    def found(of_task: Callable[[Differences], Differences]) -> float:
+        def compare(number: int) -> Effect:
+            task = of_task(clustered(draw, 150, 3, 0.5, seeds))
+            return compare_checkpoints([task], resamples=499, seed=number) if seeds == 1 else compare_methods([task])
+
+        return share_found(compare, 400)
+
+    assert found(lambda task: task) == near(0.05, 400, 0.015)
+    assert found(unclustered) > 0.1
+
+
 def families(rounds: int, size: int, true: int) -> float:
     """Share of families of contrasts, `true` of them of real effects, in which an effect that is none is seen."""
     draw, wrong = np.random.default_rng(size), 0

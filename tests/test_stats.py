@@ -2,7 +2,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from sdpo_eval.stats import (
@@ -15,7 +15,6 @@ from sdpo_eval.stats import (
     macro_mean_stderr,
     mcnemar,
     mean_of_means,
-    mean_stderr,
     questions_needed,
 )
 
@@ -37,13 +36,13 @@ def test_h4_is_the_mean_the_paper_prints(model):
     assert mean_of_means(tasks, [None] * 4)[0] == pytest.approx(printed, abs=0.0051)  # printed to two digits
 
 
-def test_mean_stderr_by_hand():
+def test_a_plain_mean_by_hand():
     # mean (1 + 0 + 0 + 1 + 1) / 5 = 3/5; squares 2 * (3/5)^2 + 3 * (2/5)^2 = 30/25; s^2 = 30/25 / 4 = 3/10; / 5 = 3/50
-    assert mean_stderr([1, 0, 0, 1, 1]) == pytest.approx((0.6, math.sqrt(3 / 50)))
+    assert macro_mean_stderr([1, 0, 0, 1, 1]) == pytest.approx((0.6, math.sqrt(3 / 50)))
 
 
 def test_one_value_has_no_standard_error():
-    assert mean_stderr([7.0]) == (7.0, None)
+    assert macro_mean_stderr([7.0]) == (7.0, None)
     assert macro_mean_stderr([7.0], ["a"]) == (7.0, None)
 
 
@@ -70,7 +69,7 @@ def test_differences_between_strata_are_no_error():
 
 
 def test_equal_values_are_not_taken_for_certainty():
-    assert mean_stderr([0, 0, 0, 0]) == (0, None)
+    assert macro_mean_stderr([0, 0, 0, 0]) == (0, None)
     assert macro_mean_stderr([0, 0, 0, 0], ["a", "a", "b", "b"]) == (0, None)
 
 
@@ -81,6 +80,12 @@ def test_strata_without_spread_take_the_variance_of_all():
     assert got == pytest.approx((1 / 4, math.sqrt(1 / 6) / 2))
 
 
+def test_values_of_a_cluster_are_one_draw_of_the_mean():
+    # x: 0, 1; y: 3, 4; mean 2; residues of the sums x -3, y +3; SE = sqrt(2 / 1 * 18) / 4 = 1.5; unclustered 0.91
+    assert macro_mean_stderr([0, 3, 1, 4], clusters=["x", "y", "x", "y"]) == pytest.approx((2, 1.5))
+    assert macro_mean_stderr([0, 3, 1, 4])[1] == pytest.approx(math.sqrt(10 / 3) / 2)
+
+
 def test_strata_of_one_take_the_variance_of_all():
     # a: 1, 0; b: 1; c: 1. All: mean 3/4, s^2 = (3/16 + 9/16) / 3 = 1/4. SE^2: a 1/8, b 1/4, c 1/4, together 5/8.
     # mean (1/2 + 1 + 1) / 3 = 5/6; SE = sqrt(5/8) / 3
@@ -89,7 +94,9 @@ def test_strata_of_one_take_the_variance_of_all():
 
 @given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=30))
 def test_one_stratum_or_one_value_in_each_is_the_plain_mean(values):
-    plain = mean_stderr(values)
+    assume(np.ptp(values) > 1e-6)
+    plain = (np.mean(values), np.std(values, ddof=1) / math.sqrt(len(values)))
+    assert macro_mean_stderr(values) == pytest.approx(plain)
     assert macro_mean_stderr(values, ["a"] * len(values)) == pytest.approx(plain)
     assert macro_mean_stderr(values, range(len(values))) == pytest.approx(plain, abs=1e-9)
 
@@ -129,12 +136,23 @@ few_kinds = st.lists(st.sampled_from([-100.0, 0.0, 100.0]), min_size=2, max_size
 many_kinds = st.lists(st.floats(-100, 100).map(lambda value: round(value, 3)), min_size=2, max_size=60)
 
 
+def textbook(values, groups):
+    """Mean of the strata's means; sqrt(sum of s^2 / n) / k, with s of all values where one stratum has none."""
+    parts = [[value for value, own in zip(values, groups, strict=True) if own == group] for group in set(groups)]
+    spreads = [float(np.std(part, ddof=1)) if len(set(part)) > 1 else 0 for part in parts]
+    if 0 in spreads:
+        spreads = [float(np.std(values, ddof=1))] * len(parts)
+    error = math.hypot(*(spread / len(part) ** 0.5 for spread, part in zip(spreads, parts, strict=True))) / len(parts)
+    return np.mean([np.mean(part) for part in parts]), error or None
+
+
 @given(few_kinds | many_kinds, st.integers(1, 4))
 def test_what_is_drawn_spreads_as_the_formula_says(values, strata):
-    """Against macro_mean_stderr, which computes the same another way; and the draws against both."""
+    """Against the textbook's formula written out; and the draws against both."""
     groups = [place % strata for place in range(len(values))]
     got = compare_checkpoints([Differences.of(values, groups)], resamples=1500)
     value, stderr = macro_mean_stderr(values, groups)
+    assert (value, stderr) == pytest.approx(textbook(values, groups))
     assert got.value == pytest.approx(value)
     if stderr is None or stderr < 1e-6:
         return
@@ -202,7 +220,7 @@ def test_equal_seeds_leave_the_questions_error():
     # no seed noise: V_seed = V_rest = 0, what is left is the questions' standard error
     values = np.resize([1.0, 0.0, 4.0], 30)
     got = compare_methods([Differences.of([values] * 5)])
-    assert got.stderr == pytest.approx(mean_stderr(values)[1])
+    assert got.stderr == pytest.approx(macro_mean_stderr(values)[1])
 
 
 def test_questions_alike_leave_the_seeds_error():

@@ -22,7 +22,9 @@ from sdpo_eval.evidence import comparable_results, read_evidence, summarise_marg
 from sdpo_eval.render import LONGEST_ANSWER, visible
 from sdpo_eval.report import Report, main
 
-FIGURES = {"h4", "tasks", "reference_margins", "loss", "reward_margins", "margin_curves", "length_confound"}
+OF_PAIRS = {"difficulties", "margin_curves", "length_confound", "definitions"}
+OF_TRAINING = {"loss", "reward_margins", "reference_margins", "weights", "held_out", "displacement"}
+FIGURES = {"h4", "tasks", "paper_scale", "items"} | OF_PAIRS | OF_TRAINING
 HOSTILE = (
     "</script><script>document.documentElement.dataset.hacked = 1</script>"
     '<img src=x onerror="document.documentElement.dataset.hacked = 1"> {{ 7*7 }} {% raw %} | a ``` b _c_ **d**'
@@ -91,8 +93,8 @@ def test_the_whole_report_is_written_and_small(own_run):
     assert page == own_run / "report.html"
     content = page.read_text("utf-8")
     assert set(re.findall(r'<figure id="figure-(\w+)">', content)) == FIGURES
-    sections = ["verdict", "h4", "changes", "held_out", "reference", "training", "parts", "data", "cost", "reproduce"]
-    assert re.findall(r'<section id="(\w+)">', content) == sections
+    sections = ["verdict", "h4", "difficulty", "chain", "data", "cost", "reproduce"]
+    assert re.findall(r'<section id="(\w+)"', content) == sections
     assert re.findall(r'<a href="#(\w+)">', content) == sections
     assert len(content) < 5e6
     assert not list(own_run.glob(".*.tmp"))
@@ -104,9 +106,9 @@ def test_numbers_in_json_are_those_of_the_tables(run):
     value, stderr, n = results.filter(arm="sdpo", step=2, task="h4").select("value", "stderr", "n").row(0)
     assert row["model"] == "sdpo step 2"
     assert row["H4"] == {"value": value, "stderr": stderr, "n": n}
-    losses = [row["first_loss"] for row in report["tables"]["training"]["hand_off"]["rows"]]
+    losses = [row["first_loss"] for row in report["tables"]["chain"]["hand_off"]["rows"]]
     assert losses == pytest.approx([math.log(2)] * 3)
-    assert report["tables"]["parts"]["sizes"]["rows"][0]["pairs"] == 80
+    assert report["tables"]["difficulty"]["sizes"]["rows"][0]["pairs"] == 80
     assert report["tables"]["data"]["dropped"]["rows"][0] == {
         "stage": "pairs", "source": "alpaca-eval", "reason": "tie", "rows": 31,
     }  # fmt: skip
@@ -162,7 +164,7 @@ def test_verdict_on_a_difference_by_its_interval(own_run):
         model = {"arm": pl.lit(arm), "step": pl.lit(step, pl.Int64), "model_key": pl.lit(KEYS[arm, step])}
         scores = pl.Series([0.5 + change[i % 2] for i in range(base.height)])
         base.with_columns(**model, score=scores).write_parquet(own_run / f"items/{arm}-0-{step}-hellaswag.parquet")
-    rows = json.loads(Report(own_run).json())["tables"]["h4"]["contrasts"]["rows"]
+    rows = json.loads(Report(own_run).json())["tables"]["h4"]["task_contrasts"]["rows"]
     told = {(row["contrast"], row["task"]): row for row in rows}
     assert told["sdpo step 2 − base", "HellaSwag"]["difference"]["value"] == pytest.approx(20)
     assert told["sdpo step 2 − base", "HellaSwag"]["verdict"] == "better"
@@ -197,9 +199,9 @@ def said(run: Path) -> str:
 # --- what is not there ----------------------------------------------------------------------
 
 LADDER = [
-    (["results.parquet", "items"], "python -m sdpo_eval {run}", FIGURES - {"h4", "tasks"}),
-    (["arms"], "python -m sdpo_train {run}", {"margin_curves", "length_confound"}),
-    (["scores.parquet"], None, set()),
+    (["results.parquet", "items"], "python -m sdpo_eval {run}", FIGURES - {"h4", "tasks", "paper_scale", "items"}),
+    (["arms", "held_out_scores"], "python -m sdpo_train {run}", OF_PAIRS),
+    (["scores.parquet"], None, {"difficulties"}),
     (["partition.parquet"], "python -m sdpo_data.partition {run}", set()),
     (["pairs.parquet", "held_out.parquet", "dropped.parquet"], "python -m sdpo_data.pairs {run}", set()),
     (["config.yaml", "lineage.json"], "python -m sdpo_data.pairs {run}", set()),
@@ -303,9 +305,17 @@ def test_the_command_prints_the_scores(own_run, capsys, monkeypatch):
 
 
 def test_report_and_plots_need_no_torch(run):
-    code = "import sys; sys.modules.update(dict.fromkeys(['torch', 'lm_eval', 'trl', 'transformers'])); "
-    code += "import sdpo_eval; sdpo_eval.Report(sys.argv[1]).markdown(); "
-    code += "from sdpo_data.tables import METRICS; sdpo_eval.plots.plot_loss(METRICS.to_frame()).to_dict()"
+    code = """
+import sys
+class Refusal:  # None in sys.modules would do, but scipy looks there for torch and takes what it finds
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in ("torch", "lm_eval", "trl", "transformers"): raise ImportError(name)
+sys.meta_path.insert(0, Refusal())
+import sdpo_eval
+sdpo_eval.Report(sys.argv[1]).markdown()
+from sdpo_data.tables import METRICS
+sdpo_eval.plots_chain.plot_loss(METRICS.to_frame()).to_dict()
+"""
     subprocess.run([sys.executable, "-c", code, str(run)], check=True)
 
 

@@ -52,9 +52,36 @@
   });
   dark.addEventListener("change", drawAll);
 
+  // A click on a head sorts by it, a second one turns the order round; numbers by value, what is none last.
+  function sortable(table) {
+    const body = table.tBodies[0];
+    if (body.rows.length < 2) return;
+    [...table.tHead.rows[0].cells].forEach((head, at) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.append(...head.childNodes);
+      head.append(button);
+      button.addEventListener("click", () => {
+        const down = head.getAttribute("aria-sort") === "ascending";
+        [...table.tHead.rows[0].cells].forEach((other) => other.removeAttribute("aria-sort"));
+        head.setAttribute("aria-sort", down ? "descending" : "ascending");
+        const key = (row) => row.cells[at].dataset.v ?? row.cells[at].textContent;
+        const numeric = head.classList.contains("number");
+        const sorted = [...body.rows].sort((one, two) => {
+          const [a, b] = [key(one), key(two)];
+          if (numeric && (a === "" || b === "")) return (a === "") - (b === "");
+          const order = numeric ? a - b : a.localeCompare(b, "en", { numeric: true });
+          return down ? -order : order;
+        });
+        body.append(...sorted);
+      });
+    });
+  }
+  document.querySelectorAll("table").forEach(sortable);
+
   let shut = [];
   addEventListener("beforeprint", () => {
-    shut = [...document.querySelectorAll("main > section > details:not([open])")];
+    shut = [...document.querySelectorAll("main details:not([open])")];
     shut.forEach((part) => { part.open = true; });
   });
   addEventListener("afterprint", () => shut.forEach((part) => { part.open = false; }));

@@ -108,7 +108,8 @@ class Table:
 
     def longest_word(self, column: str) -> int:
         """Of the texts in a column, characters: cells narrower than this would break it; at most MOST_UNBROKEN."""
-        texts = [column.replace("_", " "), *(str(row.get(column))[:LONGEST_CELL] for row in self.rows)]
+        cells = [cell[:LONGEST_CELL] for row in self.rows if isinstance(cell := row.get(column), str)]
+        texts = [column.replace("_", " "), *cells]
         return min(MOST_UNBROKEN, max(len(word) for text in texts for word in text.split() or [""]))
 
 

@@ -21,12 +21,15 @@ from sdpo_eval.published import GAMMA_REF
 from sdpo_eval.verdict import name_command
 
 MEASURES = {
-    "margin_ref_before": "nats", "margin_ref_after": "nats", "reward_accuracy_before": "share",
-    "reward_accuracy_after": "share", "chosen_logp_change": "nats", "rejected_logp_change": "nats",
-    "kl_base": "nats", "kl_reference": "nats",
+    "margin_base": "nats", "margin_ref_before": "nats", "margin_ref_after": "nats", "reward_accuracy_base": "share",
+    "reward_accuracy_before": "share", "reward_accuracy_after": "share", "displacement/chosen": "nats",
+    "displacement/rejected": "nats", "displacement/chosen_fell": "share", "kl/base": "nats", "kl/ref": "nats",
 }  # fmt: skip
-"""METRICS that a step logs once, at its end, and their units."""
-FAMILIES = {"drift": "How difficulty moved", "flipped": "Pairs whose order turned", "forgetting": "Earlier parts since"}
+"""METRICS that a step logs of all its pairs, and their units."""
+FAMILIES = {
+    "drift": "How difficulty moved", "flipped": "Pairs whose margin changed sign", "held_out": "Held-out pairs",
+    "forgetting": "Held-out pairs of earlier parts",
+}  # fmt: skip
 """METRICS that stand for several: what is before their slash -> what they say."""
 
 
@@ -56,11 +59,13 @@ def _training(evidence: Evidence) -> Iterator[Block]:
         yield Drawing("loss", lambda: plots_chain.plot_loss(metrics))
     if "rewards/margins" in metrics["name"]:
         yield Drawing("reward_margins", lambda: plots_chain.plot_reward_margins(metrics))
+    sigmoid = (evidence.settings.get("train") or {}).get("loss", ["sigmoid"]) == ["sigmoid"]
     rows = [
         {name: row[name] for name in UNIT}
         | {"starts_from": _weights(steps, row, "start_key"), "held_to": _weights(steps, row, "reference_key")}
         | {name: row[name] for name in ("max_start_gap", "first_loss")}
-        | {"off_log_2": row["first_loss"] - LOG_2, "last_loss": row["last_loss"]}
+        | ({"off_log_2": row["first_loss"] - LOG_2} if sigmoid else {})
+        | {"last_loss": row["last_loss"]}
         for row in steps.iter_rows(named=True)
     ]
     units = dict.fromkeys(["max_start_gap", "first_loss", "off_log_2", "last_loss"], "nats")
@@ -128,19 +133,30 @@ def _drift(evidence: Evidence) -> Iterator[Block]:
         yield Table("drift", title, moved.to_dicts())
     if known.height:
         order = [name for name in MEASURES if name in known["name"]]
-        rows = known.pivot("name", index=UNIT, values="value").select(*UNIT, *order).to_dicts()
-        yield Table("diagnostics", "Each step's pairs before and after training on them", rows, MEASURES)
+        cells = {tuple(row[:4]): _logged(*row[4:]) for row in known.rows()}
+        units = known.select(UNIT).unique(maintain_order=True).rows()
+        rows = [
+            dict(zip(UNIT, unit, strict=True)) | {name: cells.get((*unit, name)) for name in order} for unit in units
+        ]
+        yield Table(
+            "diagnostics", "Each step's pairs before and after training on them ± standard error", rows, MEASURES
+        )
     if weights.height:
         shares = weights.with_columns(
             weight=pl.col("name").str.strip_prefix("weight/"),
             share=100 * pl.col("value") / pl.col("value").sum().over(UNIT),
         )
-        yield Drawing("weights", lambda: plots_chain.plot_weights(shares.drop("name", "value")))
+        yield Drawing("weights", lambda: plots_chain.plot_weights(shares.drop("name", "value", "stderr")))
     for family, title in FAMILIES.items():
         own = families.filter(pl.col("name").str.starts_with(f"{family}/"))
         if own.height:
             rows = [
-                {name: row[name] for name in UNIT} | {"what": row["name"].partition("/")[2], "value": row["value"]}
+                {name: row[name] for name in UNIT}
+                | {"what": row["name"].partition("/")[2], "value": _logged(row["value"], row["stderr"])}
                 for row in own.iter_rows(named=True)
             ]
             yield Table(f"logged_{family}", f"{title}, as training logged it", rows, folded=len(rows) > 12)
+
+
+def _logged(value: float, stderr: float | None) -> Estimate:
+    return Estimate(value, stderr, digits=3 if abs(value) < 10 else 1)

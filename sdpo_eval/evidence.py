@@ -65,6 +65,8 @@ class Evidence:
     documents: pl.DataFrame | None
     """protocol, task, item_id and text of the questions, where evaluation wrote them."""
     compare: CompareConfig
+    runs: tuple[str, ...] = ()
+    """Names of the runs that this was merged of, see versus.py."""
 
     @cached_property
     def contrasts(self) -> pl.DataFrame:
@@ -151,11 +153,13 @@ def find_base(results: pl.DataFrame) -> Model | None:
 def find_lasts(results: pl.DataFrame) -> list[Model]:
     """Find the last model of every arm and seed, sdpo's first."""
     others = results.filter(pl.col("arm") != "base").group_by("arm", "seed").agg(pl.col("step").max())
-    return others.sort(pl.col("arm") != "sdpo", "arm", "seed").select(UNIT).rows()
+    return others.sort(~pl.col("arm").str.contains("(^|: )sdpo$"), "arm", "seed").select(UNIT).rows()
 
 
 def pair_sides(evidence: Evidence) -> list[tuple[Side, Side]]:
     """Set every arm's last models against the base model, and sDPO's against every other arm's.
+
+    Of merged runs, the arms of the first are set against those of the same name in the others instead.
 
     Seeds that end at different steps make different sides; sides of several seeds each, none of
     them shared, are not set against each other.
@@ -173,8 +177,15 @@ def pair_sides(evidence: Evidence) -> list[tuple[Side, Side]]:
     lasts = [side(arm, step, seeds) for (arm, step), seeds in ends.items()]
     base = side("base", 0, [0]) if find_base(results) else None
     pairs = [(last, base) for last in lasts if base]
-    pairs += [(one, two) for one in lasts for two in lasts if one.arm == "sdpo" != two.arm]
+    pairs += [(one, two) for one in lasts for two in lasts if _opposed(one.arm, two.arm, evidence.runs)]
     return [(one, two) for one, two in pairs if _comparable(one, two)]
+
+
+def _opposed(one: str, two: str, runs: tuple[str, ...]) -> bool:
+    if not runs:
+        return one == "sdpo" != two
+    (run, _, arm), (other, _, same) = one.rpartition(": "), two.rpartition(": ")
+    return run == runs[0] != other and arm == same
 
 
 def _comparable(one: Side, two: Side) -> bool:
@@ -270,9 +281,16 @@ def measure_drift(evidence: Evidence) -> pl.DataFrame:
 
 
 def last_metrics(metrics: pl.DataFrame) -> pl.DataFrame:
-    """Take of every step and metric the value that was logged last: arm, seed, step, name, value."""
+    """Take of every step and metric the value that was logged last, and its standard error (NAME/stderr) if there is one.
+
+    Returns:
+        arm, seed, step, name, value, stderr.
+    """
     ordered = metrics.sort(*UNIT, "name", "update", maintain_order=True)
-    return ordered.group_by(*UNIT, "name", maintain_order=True).agg(pl.col("value").last())
+    lasts = ordered.group_by(*UNIT, "name", maintain_order=True).agg(pl.col("value").last())
+    is_error = pl.col("name").str.ends_with("/stderr")
+    errors = lasts.filter(is_error).with_columns(pl.col("name").str.strip_suffix("/stderr")).rename({"value": "stderr"})
+    return lasts.filter(~is_error).join(errors, on=[*UNIT, "name"], how="left", maintain_order="left")
 
 
 def read_texts(pairs: pl.DataFrame, most: int = 120) -> pl.DataFrame:

@@ -59,17 +59,23 @@ def _sources(scores: pl.DataFrame) -> Iterator[Block]:
     shares = ("reward_accuracy", "per_token")
     rows = [
         {"source": row["source"], "pairs": row["pairs"], "prompts": row["prompts"]}
-        | {name: f"{row[name]:.1%} [{row[f'{name}_low']:.1%}, {row[f'{name}_high']:.1%}]" for name in shares}
-        | {"mean_margin": row["mean_margin"], "chosen_is_longer": f"{row['longer_chosen']:.1%}"}
-        | {"rho_with_length": None if row["length_rho"] is None else f"{row['length_rho']:+.2f}".replace("-", "−")}
+        | {name: _share(row, name) for name in shares}
+        | {"mean_margin": Estimate(row["mean_margin"]), "chosen_is_longer": Estimate(100 * row["longer_chosen"])}
+        | {"rho_with_length": row["length_rho"] and Estimate(row["length_rho"], digits=2, signed=True)}
         for row in described.iter_rows(named=True)
     ]
     title = "What the base model thinks of each source: shares with 95 % intervals, clustered by prompt"
-    yield Table("source_scores", title, rows, {"mean_margin": "nats"})
+    units = {"mean_margin": "nats"} | dict.fromkeys([*shares, "chosen_is_longer"], "%")
+    yield Table("source_scores", title, rows, units)
     unclear = list(unclear_orders(described))
     if unclear:
         said = "; ".join(unclear)
         yield Prose(f"The paper's order of sources would be chance here: {said}.")
+
+
+def _share(row: dict[str, Any], name: str) -> Estimate:
+    value, low, high = (100 * row[f"{name}{end}"] for end in ("", "_low", "_high"))
+    return Estimate(value, ends=(low, high))
 
 
 def _length(evidence: Evidence, definition: str, known: Difficulty | None) -> Iterator[Block]:

@@ -116,16 +116,20 @@ def plot_items(changes: pl.DataFrame, names: Sequence[str]) -> Figure:
     shown, sampled = drawn_at_random(changes, "questions")
     chart = (
         alt.Chart()
-        .mark_point(size=34, opacity=0.75)
+        .mark_point()
         .encode(
             *marks("outcome", ""),
+            size=alt.Size("turned:O", scale=alt.Scale(range=[26, 90]), legend=None),
+            opacity=alt.Opacity("turned:O", scale=alt.Scale(range=[0.5, 1]), legend=None),
             x=alt.X("change:Q", title="change of the right answer's log-probability [nats]"),
             y=alt.Y("task:N", title=None, axis=alt.Axis(grid=False, ticks=False, domain=False)),
             yOffset=alt.YOffset("spread:Q"),
             tooltip=tooltip("task", "question", "outcome", ("change", "+.2f", "change [nats]")),
         )
     )
-    spread = shown.with_row_index("row").with_columns(spread=(pl.col("row") * 7 % 11).cast(pl.Int64)).drop("row")
+    turned = pl.col("outcome").str.starts_with("became").cast(pl.Int64)
+    spread = shown.with_row_index("row").with_columns(spread=(pl.col("row") * 7 % 11).cast(pl.Int64), turned=turned)
+    spread = spread.drop("row").sort("turned", maintain_order=True)  # those that turned lie on top
     drawn = alt.layer(guide(x=alt.datum(0)), chart, data=held(spread.with_columns(pl.col("change").round(4))))
     return styled(
         drawn.properties(width=WIDTH, height=64 * changes["task"].n_unique()),

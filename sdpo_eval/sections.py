@@ -2,7 +2,7 @@
 
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import polars as pl
@@ -13,19 +13,46 @@ from sdpo_eval.detail import tell_changes
 from sdpo_eval.evidence import UNIT, Evidence, comparable_results, last_metrics
 from sdpo_eval.hardness import tell_difficulty
 from sdpo_eval.verdict import TITLES, name_command, score_rows, tell_h4, tell_verdict
+from sdpo_eval.versus import merge_evidence, tell_differences
 
 
 def write_sections(evidence: Evidence) -> list[Section]:
     """Tell what the run says, in the order a reader asks. What has nothing to say is left out."""
-    told: list[tuple[str, str, tuple[Callable[[Evidence], Iterator[Block]], ...]]] = [
-        ("verdict", "Verdict", (tell_verdict,)),
-        ("h4", "H4 by step and arm", (tell_h4, tell_changes)),
-        ("difficulty", "Difficulty: what is easy here, and what is hard", (tell_difficulty,)),
-        ("chain", "The chain, step by step", (tell_chain,)),
-        ("data", "The data: sources, drops, contamination", (_data,)),
-        ("cost", "What it cost", (_cost,)),
-        ("reproduce", "How to reproduce", (_reproduce,)),
-    ]
+    return _written(
+        [
+            ("verdict", "Verdict", (tell_verdict,)),
+            ("h4", "H4 by step and arm", (tell_h4, tell_changes)),
+            ("difficulty", "Difficulty: what is easy here, and what is hard", (tell_difficulty,)),
+            ("chain", "The chain, step by step", (tell_chain,)),
+            ("data", "The data: sources, drops, contamination", (_data,)),
+            ("cost", "What it cost", (_cost,)),
+            ("reproduce", "How to reproduce", (_reproduce,)),
+        ],
+        evidence,
+    )
+
+
+def compare_sections(runs: Sequence[Evidence]) -> list[Section]:
+    """Tell what several runs say together: the first against each of the others."""
+    merged = merge_evidence(runs)
+    shared = _written(
+        [
+            ("verdict", "Verdict", (tell_verdict,)),
+            ("h4", "H4 by run, step and arm", (tell_h4, tell_changes)),
+            ("differences", "What tells the runs apart", (lambda _: tell_differences(runs),)),
+            ("chain", "The chains, step by step", (tell_chain,)),
+            ("cost", "What they cost", (_cost,)),
+        ],
+        merged,
+    )
+    own = [block for name, run in zip(merged.runs, runs, strict=True) for block in (Heading(name), *_reproduce(run))]
+    return [*shared, Section("reproduce", "How to reproduce", own)]
+
+
+Teller = Callable[[Evidence], Iterator[Block]]
+
+
+def _written(told: list[tuple[str, str, tuple[Teller, ...]]], evidence: Evidence) -> list[Section]:
     sections = [
         Section(name, title, [block for tell in parts for block in tell(evidence)]) for name, title, parts in told
     ]

@@ -69,8 +69,8 @@ def _say_contrasts(evidence: Evidence, tasks: list[str]) -> Iterator[str]:
 def _say_contrast(row: dict[str, Any]) -> str:
     difference = as_difference(row, digits=1)
     adjusted = row["p"] is not None and row["p"] < ALPHA <= row["p_holm"]
-    said = f"{row['verdict']}{' once adjusted for being several' if adjusted else ''}"
-    return f"{difference.number} {TITLES[row['task']]}, {said}, at n = {row['n']:,}"
+    said = f"{row['verdict']}{' once adjusted for being several,' if adjusted else ''}"
+    return f"{difference.number} {TITLES[row['task']]}, {said} at n = {row['n']:,}"
 
 
 def _say_primary(evidence: Evidence) -> str:

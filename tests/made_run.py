@@ -114,8 +114,13 @@ def make_arm(draw: random.Random, path: Path, arm: str, scores: pl.DataFrame, pa
         reference = ids.join(scores, on="pair_id").with_columns(model_key=pl.lit(start), chosen_logp=lifted)
         moves = [0.3 * (1 - math.exp(-update / 4)) / step + update * draw.gauss(0, 0.003) for update in range(8)]
         values = {"loss": [math.log(2) - move for move in moves], "rewards/margins": [2 * move for move in moves]}
-        values |= {"margin_ref_before": [-9.0 + step], "margin_ref_after": [-3.0 + step], "drift/spearman": [0.9]}
-        values |= {"forgetting/step_1": [0.25 * step], "weight/0.4-0.5": [60.0 - step], "weight/0.5-0.6": [40.0 + step]}
+        values |= {"margin_ref_before": [-9.0 + step], "margin_ref_after": [-3.0 + step], "drift/spearman_rho": [0.9]}
+        values |= {"margin_ref_after/stderr": [1.5]}
+        values |= {
+            "forgetting/part_1/margin_change": [0.25 * step],
+            "weight/0.4-0.5": [60.0 - step],
+            "weight/0.5-0.6": [40.0 + step],
+        }
         metrics = [(arm, 0, step, 1 + i, name, value) for name, row in values.items() for i, value in enumerate(row)]
         write(folder / f"step_{step}/reference_scores.parquet", reference, SCORES)
         write(folder / f"step_{step}/metrics.parquet", pl.DataFrame(metrics, METRICS, orient="row"), METRICS)

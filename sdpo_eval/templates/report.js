@@ -18,7 +18,10 @@
       spec.width = width - 4;
       spec.autosize = { type: "fit-x", contains: "padding" };
     }
+    const narrow = width < 560;
+    if (narrow) spec.config.legend = { ...spec.config.legend, direction: "vertical", orient: "bottom", titleOrient: "top" };
     return JSON.parse(JSON.stringify(spec), (key, value) =>
+      key === "labelLimit" && narrow ? Math.min(value, 120) :
       key === "scheme" && value.name === "viridis" ? { name: "viridis", extent: dark.matches ? [0.2, 1] : [0, 0.9] } : value);
   }
 

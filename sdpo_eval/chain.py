@@ -6,7 +6,7 @@ from typing import Any
 import polars as pl
 
 from sdpo_eval import plots_chain
-from sdpo_eval.blocks import Block, Drawing, Heading, Prose, Table, write_number
+from sdpo_eval.blocks import Block, Drawing, Estimate, Heading, Prose, Table, write_number
 from sdpo_eval.detail import tell_forgetting, tell_held_out
 from sdpo_eval.evidence import (
     UNIT,

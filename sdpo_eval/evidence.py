@@ -281,7 +281,7 @@ def measure_drift(evidence: Evidence) -> pl.DataFrame:
 
 
 def last_metrics(metrics: pl.DataFrame) -> pl.DataFrame:
-    """Take of every step and metric the value that was logged last, and its standard error (NAME/stderr) if there is one.
+    """Take of every step and metric the value that was logged last, with its standard error (logged as NAME/stderr).
 
     Returns:
         arm, seed, step, name, value, stderr.

@@ -21,6 +21,7 @@ from sdpo_eval.blocks import LONGEST_CELL, Drawing, Estimate, Section, write_num
 
 TEMPLATES = Path(__file__).parent / "templates"
 LONGEST_ANSWER = 1200  # characters shown of a prompt or an answer
+LONGEST_VALUE = 4_000  # characters of a text in JSON
 LONGEST_TEXT = 40_000  # characters shown of anything
 HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f\u2028-\u202e"

@@ -21,7 +21,7 @@ from sdpo_data.tables import SdpoError
 from sdpo_eval.blocks import Missing, Prose, Table
 from sdpo_eval.evidence import read_evidence
 from sdpo_eval.hub import write_model_index
-from sdpo_eval.render import plain, render_html, render_markdown, shown
+from sdpo_eval.render import LONGEST_VALUE, plain, render_html, render_markdown, shown
 from sdpo_eval.sections import compare_sections, describe_run, write_sections
 from sdpo_eval.versus import name_runs
 
@@ -103,7 +103,7 @@ class Report:
             "tables": tables,
             "inputs": self.inputs,
         }
-        return json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False)
+        return json.dumps(plain(content, LONGEST_VALUE), indent=1, ensure_ascii=False, allow_nan=False)
 
     def save(self) -> Path:
         """Write the report's files into the (first) run folder, each whole or not at all.

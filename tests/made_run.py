@@ -118,8 +118,8 @@ def make_arm(draw: random.Random, path: Path, arm: str, scores: pl.DataFrame, pa
         values |= {"margin_ref_after/stderr": [1.5]}
         values |= {
             "forgetting/part_1/margin_change": [0.25 * step],
-            "weight/0.4-0.5": [60.0 - step],
-            "weight/0.5-0.6": [40.0 + step],
+            "weight/0.4-0.5": [0.6 - step / 100],
+            "weight/0.5-0.6": [0.4 + step / 100],
         }
         metrics = [(arm, 0, step, 1 + i, name, value) for name, row in values.items() for i, value in enumerate(row)]
         write(folder / f"step_{step}/reference_scores.parquet", reference, SCORES)

@@ -89,8 +89,17 @@ def tell_h4(evidence: Evidence) -> Iterator[Block]:
     chance = {name: task.chance for name, task in TASKS.items()}
     if MEAN in results["task"]:
         yield Drawing("h4", lambda: plots.plot_h4(results, sum(chance.values()) / len(chance)))
-    yield Drawing("tasks", lambda: plots.plot_tasks(results, chance, TITLES))
-    yield Table("scores", "Points of 100 ± standard error (n questions)", score_rows(results))
+    of_h4 = results.filter(pl.col("task").is_in([*TASKS, MEAN]))
+    if of_h4.height:
+        yield Drawing("tasks", lambda: plots.plot_tasks(of_h4, chance, TITLES))
+        yield Table("scores", "Points of 100 ± standard error (n questions)", score_rows(of_h4))
+    beside = [
+        {"model": _called((row["arm"], row["seed"], row["step"]), results), "task": row["task"]}
+        | {"metric": row["metric"], "score": Estimate(row["value"], row["stderr"], row["n"])}
+        for row in results.join(of_h4, on="task", how="anti", maintain_order="left").iter_rows(named=True)
+    ]
+    if beside:
+        yield Table("other_tasks", "Tasks beside H4, in no mean ± standard error (n questions)", beside)
     yield from _contrast_tables(evidence.contrasts)
     protocols = results.filter(pl.col("task") != MEAN).select("task", "protocol").unique(maintain_order=True)
     asked = ", ".join(f"{TITLES.get(task, task)} {protocol}" for task, protocol in protocols.rows())
@@ -143,7 +152,9 @@ def name_command(evidence: Evidence, what: str, module: str, flags: str = "") ->
 
 def _say_limits(results: pl.DataFrame) -> Iterator[Prose]:
     tasks = (
-        results.filter(pl.col("task") != MEAN).group_by("task", maintain_order=True).agg(pl.col("n", "n_full").max())
+        results.filter(pl.col("task").is_in(list(TASKS)))
+        .group_by("task", maintain_order=True)
+        .agg(pl.col("n", "n_full").max())
     )
     counts = ", ".join(f"{TITLES.get(task, task)} {n:,} of {full:,}" for task, n, full in tasks.rows())
     if any(n < min(ENOUGH_QUESTIONS, full) for _, n, full in tasks.rows()):

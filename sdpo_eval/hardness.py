@@ -84,9 +84,10 @@ def _length(evidence: Evidence, definition: str, known: Difficulty | None) -> It
     yield Drawing("length_confound", lambda: plots.plot_length_confound(scores, partition, texts))
     if known:
         rho, n = length_correlation(scores, definition)
+        said = Estimate(rho, n=n, digits=2, signed=True)
         yield Prose(
-            f"Rank correlation (Spearman) of {definition} with how much longer the chosen answer is: {rho:+.2f} "
-            f"(n = {n:,}). Near +1 or −1 the order of the pairs is mostly an order of lengths."
+            f"Rank correlation (Spearman) of {definition} with how much longer the chosen answer is: {said}. "
+            "Near +1 or −1 the order of the pairs is mostly an order of lengths."
         )
 
 

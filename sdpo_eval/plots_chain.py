@@ -84,7 +84,9 @@ def plot_displacement(moved: pl.DataFrame) -> Figure:
     """
     table = interval(moved, "mean").with_columns(unit=pl.format("{}, {}", "arm", "answer"))
     base = alt.Chart().encode(
-        x=alt.X("step:O", title="step", axis=alt.Axis(labelAngle=0, grid=False)), detail=["seed:N", "answer:N"]
+        x=alt.X("step:O", title="step", axis=alt.Axis(labelAngle=0, grid=False)),
+        xOffset=alt.XOffset("answer:N", scale=alt.Scale(paddingOuter=1)),
+        detail=["seed:N", "answer:N"],
     )
     y = alt.Y("low:Q", title="change since the base model [nats]")
     shown = tooltip("arm", "seed", "step", "answer", ("mean", "+.2f", "change [nats]"), *BOUNDS, "n")

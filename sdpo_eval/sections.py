@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 
-from sdpo_eval.blocks import Block, Heading, Listing, Prose, Section, Table
+from sdpo_eval.blocks import Block, Estimate, Heading, Listing, Prose, Section, Table
 from sdpo_eval.chain import tell_chain
 from sdpo_eval.detail import tell_changes
 from sdpo_eval.evidence import UNIT, Evidence, comparable_results, last_metrics
@@ -163,7 +163,7 @@ def _floor(scores: pl.DataFrame) -> Iterator[Block]:
         "every prompt once (the engine's floor, or a little above it)": shared + answers,
     }
     floor = shared + answers
-    rows = [{"way": way, "tokens": n, "times_the_floor": round(n / floor, 2)} for way, n in ways.items()]
+    rows = [{"way": way, "tokens": n, "times_the_floor": Estimate(n / floor, digits=2)} for way, n in ways.items()]
     yield Table("floor", "What one pass over the pairs takes, without padding", rows)
 
 

@@ -41,7 +41,7 @@ def panels(layers: list[alt.Chart], table: pl.DataFrame, by: alt.Facet) -> alt.F
     several = table[str(by.shorthand).removesuffix(":N")].n_unique() > 1
     width, height = (WIDTH // 2 - 30, 200) if several else (WIDTH, HEIGHT)
     chart = alt.layer(*layers, data=held(table)).properties(width=width, height=height)
-    return chart.facet(by, columns=2, bounds="flush")
+    return chart.facet(by, columns=2)
 
 
 def marks(column: str, title: str | None = None) -> tuple[alt.Color, alt.Shape]:

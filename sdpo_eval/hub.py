@@ -1,6 +1,7 @@
 """A run's scores as the Hub reads them: the `model-index` of a model card."""
 
 import io
+from typing import Any
 
 import polars as pl
 import ruamel.yaml
@@ -30,7 +31,7 @@ def write_model_index(results: pl.DataFrame, name: str) -> str:
         entries = []
         for row in own.iter_rows(named=True):
             task = TASKS.get(row["task"])
-            about = {"dataset_type": row["task"], "dataset_name": TITLES.get(row["task"], row["task"])}
+            about: dict[str, Any] = {"dataset_type": row["task"], "dataset_name": TITLES.get(row["task"], row["task"])}
             if task:
                 about = {"dataset_type": task.hub[0], "dataset_name": task.title, "dataset_config": task.hub[1]}
                 about |= {"dataset_split": task.split, "dataset_args": {"num_few_shot": task.shots}}

@@ -286,7 +286,7 @@ def _ends(chains: pl.DataFrame) -> str:
     last = chains.filter(pl.col("step") == pl.col("step").max().over("arm", "seed"))
     ends = last.group_by("arm").agg(pl.col("value").mean()).sort("value", "arm", descending=[True, False]).rows()
     said = ", ".join(f"{value:.1f} for {arm}" for arm, value in ends[:3])
-    others = f" and {len(ends) - 3} other arms below" if ends[3:] else ""
+    others = f", {len(ends) - 3} more below" if ends[3:] else ""
     return f"H4 ends at {said}{others}{f', from {base[0]:.1f} before step 1' if base else ''}"
 
 

@@ -17,7 +17,7 @@ from sdpo_eval.stats import ALPHA
 
 TITLES = {name: task.title for name, task in TASKS.items()} | {MEAN: "H4"}
 ENOUGH_QUESTIONS = 500  # with fewer, a task's standard error is above 2 points
-MOST_TOLD = 4  # contrasts in one sentence of the verdict
+MOST_TOLD = 4  # contrasts in the first sentence of the verdict; half of it in the second
 
 
 def tell_verdict(evidence: Evidence) -> Iterator[Block]:
@@ -56,12 +56,12 @@ def _say_contrasts(evidence: Evidence, tasks: list[str]) -> Iterator[str]:
         pl.col(side).str.contains(rf"(^|: ){re.escape(arm)}( |$)")
         for side, arm in (("first", first), ("second", second))
     ]
-    for rows in (judged.filter(*named, ~base), judged.filter(base)):
+    for rows, most in ((judged.filter(*named, ~base), MOST_TOLD), (judged.filter(base), MOST_TOLD // 2)):
         if rows.height:
             told: dict[str, list[str]] = {}
-            for row in rows.head(MOST_TOLD).iter_rows(named=True):
+            for row in rows.head(most).iter_rows(named=True):
                 told.setdefault(f"{row['first']} against {row['second']}", []).append(_say_contrast(row))
-            others = f" {rows.height - MOST_TOLD} more stand in the table." if rows.height > MOST_TOLD else ""
+            others = f" {rows.height - most} more stand in the table." if rows.height > most else ""
             sentences = [f"{who}: {', '.join(said)}" for who, said in told.items()]
             yield f"{'; '.join(sentences)}.{others}"
 

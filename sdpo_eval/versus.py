@@ -50,7 +50,10 @@ def merge_evidence(runs: Sequence[Evidence]) -> Evidence:
     return replace(
         first,
         lineage=lineage,
-        **{table: together(table) for table in ("results", "steps", "metrics", "items")},
+        results=together("results"),
+        steps=together("steps"),
+        metrics=together("metrics"),
+        items=together("items"),
         references=together("references") if same_base else first.references.clear(),
         scores=scores if same_base else scores.clear(),
         held_out_scores=together("held_out_scores") if same_pairs else first.held_out_scores.clear(),

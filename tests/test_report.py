@@ -18,9 +18,11 @@ from markdown_it import MarkdownIt
 
 import sdpo_eval
 from sdpo_data.run import Run
-from sdpo_data.tables import PAIRS, RESULTS, SCORES, STEPS, SdpoError
+from sdpo_data.tables import ITEMS, METRICS, PAIRS, RESULTS, SCORES, STEPS, SdpoError
 from sdpo_eval.blocks import Estimate, write_number
-from sdpo_eval.evidence import comparable_results, read_evidence, summarise_margins
+from sdpo_eval.contrasts import Side
+from sdpo_eval.detail import find_changes
+from sdpo_eval.evidence import comparable_results, last_metrics, read_evidence, summarise_margins
 from sdpo_eval.hub import write_model_index
 from sdpo_eval.render import LONGEST_ANSWER, visible
 from sdpo_eval.report import Report, is_current, main
@@ -239,6 +241,40 @@ def test_what_a_pass_costs_by_hand(scores):
     both = scores.with_columns(prompt_id=pl.when(pl.col("pair_id") == "a").then(pl.lit("q2")).otherwise("prompt_id"))
     rows = next(_floor(both)).rows
     assert [(row["tokens"], str(row["times_the_floor"])) for row in rows] == [(130, "1.67"), (85, "1.09"), (78, "1.00")]
+
+
+def test_what_training_logged_is_told_with_its_standard_error(run):
+    tables = json.loads(Report(run).json())["tables"]["chain"]
+    rows = {(row["arm"], row["step"]): row for row in tables["diagnostics"]["rows"]}
+    assert rows["sdpo", 2]["margin_ref_after"] == {"value": -1.0, "stderr": 1.5, "n": None}  # -3 + step
+    assert rows["sdpo", 2]["margin_ref_before"] == {"value": -7.0, "stderr": None, "n": None}
+    told = tables["logged_forgetting"]["rows"][2]
+    assert (told["arm"], told["step"], told["what"]) == ("sdpo", 2, "part_1/margin_change")
+    assert told["value"]["value"] == 0.5
+
+
+def test_the_last_value_of_a_metric_counts():
+    rows = [("a", 0, 1, 0, "weight/0.5-0.6", 1.0), ("a", 0, 1, 4, "weight/0.5-0.6", 0.25)]
+    rows += [("a", 0, 1, 4, "x/stderr", 0.1), ("a", 0, 1, 4, "x", 2.0)]
+    lasts = last_metrics(pl.DataFrame(rows, METRICS, orient="row"))
+    assert lasts.select("name", "value", "stderr").rows() == [("weight/0.5-0.6", 0.25, None), ("x", 2.0, 0.1)]
+
+
+def test_what_became_of_each_question_by_hand():
+    def side(arm, *answers):
+        rows = [
+            (arm, 0, 1, arm, "p@1", "mmlu", f"q{n}", "s", right, 0.5, gold, [gold])
+            for n, (right, gold) in enumerate(answers)
+        ]
+        return Side(arm, arm, pl.DataFrame(rows, ITEMS, orient="row"))
+
+    one = side("one", (1.0, -1.0), (0.0, -2.0), (1.0, -3.0), (0.0, -4.0), (None, -5.0), (1.0, None))
+    two = side("two", (0.0, -3.0), (1.0, -2.5), (1.0, -2.0), (0.0, -4.25), (None, -7.0), (1.0, -1.0))
+    documents = pl.DataFrame({"protocol": ["p@1"], "task": ["mmlu"], "item_id": ["q0"], "text": ["Why?"]})
+    assert find_changes(one, two, documents).select("question", "outcome", "change").rows() == [
+        ("Why?", "became right", 2.0), ("q1", "became wrong", 0.5), ("q2", "right in both", -1.0),
+        ("q3", "wrong in both", 0.25), ("q4", "no one right answer", 2.0),
+    ]  # fmt: skip
 
 
 def test_contamination_is_told_or_its_command_named(own_run):

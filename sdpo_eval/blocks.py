@@ -4,7 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from sdpo_eval.plots import NORMAL_95, Figure
+from sdpo_eval.canvas import NORMAL_95, Figure
+
+LONGEST_CELL = 200  # characters of data shown in a table or a figure
+MOST_UNBROKEN = 18  # characters of a word for which a column makes room
 
 
 def write_number(value: float) -> str:
@@ -20,11 +23,11 @@ _RAISED = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, its standard error, and how many observations are behind it."""
+    """A number, its standard error, and how many observations are behind it (None: it is no mean of any)."""
 
     value: float
-    stderr: float | None
-    n: int
+    stderr: float | None = None
+    n: int | None = None
     digits: int = 1
     signed: bool = False
     ends: tuple[float, float] | None = None
@@ -46,13 +49,16 @@ class Estimate:
 
     @property
     def number(self) -> str:
+        """With its standard error; or with its interval, where that is not the normal distribution's."""
+        if self.ends:
+            return f"{self._written(self.value)} {self.interval_shown}"
         return self._written(self.value) + ("" if self.stderr is None else f" ± {self.stderr:,.{self.digits}f}")
 
     def _written(self, value: float) -> str:
         return f"{value:{'+' if self.signed else ''},.{self.digits}f}".replace("-", "−")
 
     def __str__(self) -> str:
-        return f"{self.number} (n = {self.n:,})"
+        return self.number if self.n is None else f"{self.number} (n = {self.n:,})"
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,16 @@ class Prose:
     text: str
     loud: bool = False
     """Stands out: what a reader must not miss."""
+    lead: bool = False
+    """Set large: the answer itself."""
+
+
+@dataclass(frozen=True)
+class Heading:
+    """Begins a part of a section."""
+
+    kind: ClassVar = "heading"
+    text: str
 
 
 @dataclass(frozen=True)
@@ -80,6 +96,8 @@ class Table:
     rows: list[dict[str, Any]]
     """Cells are str, int, float, None or Estimate; the keys, `_` as blanks, are the heads."""
     units: dict[str, str] = field(default_factory=dict)
+    folded: bool = False
+    """Shown closed: for whoever looks closer."""
 
     @property
     def columns(self) -> list[str]:
@@ -87,6 +105,12 @@ class Table:
 
     def is_numeric(self, column: str) -> bool:
         return any(isinstance(row.get(column), int | float | Estimate) for row in self.rows)
+
+    def longest_word(self, column: str) -> int:
+        """Of the texts in a column, characters: cells narrower than this would break it; at most MOST_UNBROKEN."""
+        cells = [cell[:LONGEST_CELL] for row in self.rows if isinstance(cell := row.get(column), str)]
+        texts = [column.replace("_", " "), *cells]
+        return min(MOST_UNBROKEN, max(len(word) for text in texts for word in text.split() or [""]))
 
 
 @dataclass(frozen=True)
@@ -116,7 +140,7 @@ class Listing:
     folded: bool = True
 
 
-Block = Prose | Missing | Table | Drawing | Quotes | Listing
+Block = Prose | Heading | Missing | Table | Drawing | Quotes | Listing
 
 
 @dataclass(frozen=True)

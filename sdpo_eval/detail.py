@@ -1,14 +1,15 @@
-"""What stands under the verdict: likelihoods, flipped questions, what was forgotten, and held-out pairs by step."""
+"""What stands under the scores: likelihoods, flipped questions, what was forgotten, and held-out pairs by step."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import polars as pl
 
-from sdpo_eval.blocks import Block, Estimate, Prose, Table
+from sdpo_eval import plots, plots_chain
+from sdpo_eval.blocks import Block, Drawing, Estimate, Heading, Prose, Table
 from sdpo_eval.changes import find_flips, find_forgetting
-from sdpo_eval.contrasts import METRICS, Side, contrast_models, pair_seeds
-from sdpo_eval.evidence import UNIT, Evidence, pair_sides, summarise_margins
+from sdpo_eval.contrasts import METRICS, QUESTION, Side, contrast_models, pair_seeds, refuse_other_protocols
+from sdpo_eval.evidence import UNIT, Evidence, measure_displacement, pair_sides, summarise_margins
 from sdpo_eval.held_out import find_best_steps
 from sdpo_eval.verdict import TITLES, as_difference, name_command, name_contrast
 
@@ -16,12 +17,17 @@ SHOWN_FLIPS = 5  # questions shown of each pair of models
 
 
 def tell_changes(evidence: Evidence) -> Iterator[Block]:
-    """Show what changed in each pair of models beneath the scores: forgetting, likelihoods, flips."""
+    """Show what changed in each pair of models beneath the scores: the right answers' likelihoods, and flips."""
     sides = pair_sides(evidence)
     if not sides:
         return
+    yield Heading("What changed, question by question")
     models = [pair for one, two in sides for pair in pair_seeds(one, two)]
-    yield from _forgetting([(one, two) for one, two in models if two.arm == "base"])
+    one, two = models[0]
+    changes = find_changes(one, two, evidence.documents)
+    if changes["change"].n_unique() > 1:
+        changes = changes.with_columns(pl.col("task").replace(TITLES))
+        yield Drawing("items", lambda: plots.plot_items(changes, (one.name, two.name)))
     likelihoods = contrast_models(sides, evidence.compare, [metric for metric in METRICS if metric != "score"])
     rows: dict[tuple, dict[str, Any]] = {}
     for row in likelihoods.iter_rows(named=True):
@@ -33,11 +39,15 @@ def tell_changes(evidence: Evidence) -> Iterator[Block]:
         "shares of probability"
     )
     if rows:
-        yield Table("likelihoods", title, list(rows.values()), {"gold_logp": "nats", "choice_margin": "points"})
+        units = {"gold_logp": "nats", "choice_margin": "points"}
+        yield Table("likelihoods", title, list(rows.values()), units, folded=True)
     yield from _flips(evidence, models)
 
 
-def _forgetting(models: list[tuple[Side, Side]]) -> Iterator[Block]:
+def tell_forgetting(evidence: Evidence) -> Iterator[Block]:
+    """Show where each arm's last model fell behind the base model: by task, and by MMLU's fields."""
+    sides = [(one, two) for one, two in pair_sides(evidence) if two.arm.endswith("base")]
+    models = [pair for one, two in sides for pair in pair_seeds(one, two)]
     if not models:
         return
     table = pl.concat([find_forgetting(one, two) for one, two in models])
@@ -46,17 +56,15 @@ def _forgetting(models: list[tuple[Side, Side]]) -> Iterator[Block]:
         difference = as_difference(row)
         part = " ".join(filter(None, (TITLES.get(row["task"], row["task"]), row["field"])))
         if row["verdict"] == "worse":
-            said = f"{part} {difference.number} {difference.interval_shown}"
+            said = f"{part} {difference.number}"
             yield Prose(f"Forgetting: {name_contrast(row)}, {said}, over {row['n']:,} questions.", loud=True)
         rows.append(
             {"contrast": name_contrast(row), "part": part, "difference": difference}
-            | {
-                "95_%_interval": difference.interval_shown,
-                "forgotten": (row["verdict"] == "worse" and "yes") or "not seen",
-            }
-            | {"found_with_80_%": None if row["seen_if_over"] is None else f"{row['seen_if_over']:.2f}"}
+            | {"forgotten": (row["verdict"] == "worse" and "yes") or "not seen"}
+            | {"found_with_80_%": row["seen_if_over"] and Estimate(row["seen_if_over"], digits=2)}
         )
-    yield Table("forgetting", "Forgetting: points against the base model, each by its own interval, unadjusted", rows)
+    title = "Points against the base model, each by its own 95 % interval, unadjusted; and the loss that would be seen"
+    yield Table("forgetting", title, rows, folded=len(rows) > 10)
 
 
 def _flips(evidence: Evidence, models: list[tuple[Side, Side]]) -> Iterator[Block]:
@@ -83,7 +91,7 @@ def _flips(evidence: Evidence, models: list[tuple[Side, Side]]) -> Iterator[Bloc
     if counts:
         yield Table("flips", "Questions that one model alone gets right", counts)
         title = "Of these, where the right answer's log-probability changed most"
-        yield Table("flipped_questions", title, shown, {"gold_logp_change": "nats"})
+        yield Table("flipped_questions", title, shown, {"gold_logp_change": "nats"}, folded=True)
 
 
 def tell_held_out(evidence: Evidence) -> Iterator[Block]:
@@ -103,11 +111,45 @@ def tell_held_out(evidence: Evidence) -> Iterator[Block]:
             text += f", by {difference.number} points of reward accuracy over the last one: {row['verdict']}"
         yield Prose(f"{text}. H4 was not asked.")
     measured = summarise_margins(evidence.held_out_scores, UNIT)
+    moved = measure_displacement(evidence.held_out_scores)
+    changes = {tuple(row[:4]): Estimate(*row[4:], digits=2, signed=True) for row in moved.rows()}
+    yield Drawing("held_out", lambda: plots_chain.plot_held_out(measured))
     rows = [
         {name: row[name] for name in UNIT}
         | {"reward_accuracy": Estimate(row["accuracy"], row["accuracy_stderr"], row["n"])}
         | {"mean_margin": Estimate(row["mean"], row["stderr"], row["n"], digits=2)}
+        | {f"{side}_logp_change": changes.get((*(row[name] for name in UNIT), side)) for side in ("chosen", "rejected")}
         for row in measured.iter_rows(named=True)
     ]
     units = {"reward_accuracy": "%", "mean_margin": "nats"}
+    units |= {"chosen_logp_change": "nats", "rejected_logp_change": "nats"}
     yield Table("held_out", "Held-out pairs under each model; standard errors cluster pairs by prompt", rows, units)
+    if moved.height:
+        yield Drawing("displacement", lambda: plots_chain.plot_displacement(moved))
+
+
+def find_changes(first: Side, second: Side, documents: pl.DataFrame | None = None) -> pl.DataFrame:
+    """List every question that both answered, with how the right answer moved and what became of it.
+
+    Returns:
+        task, item_id, question (its text, or its id), outcome ("became right", "became wrong",
+        "right in both", "wrong in both", "no one right answer"), change
+        (of the right answer's log-probability, first - second, nats).
+
+    Raises:
+        SdpoError: the two were asked under different protocols.
+    """
+    refuse_other_protocols(first, second)
+    other = second.items.select(*QUESTION, was="correct", before="gold_logp")
+    both = first.items.join(other, on=QUESTION).drop_nulls(["gold_logp", "before"])
+    if documents is not None:
+        both = both.join(documents.select(*QUESTION, "text"), on=QUESTION, how="left")
+    right, was = pl.col("correct") == 1, pl.col("was") == 1
+    outcome = (
+        pl.when(pl.col("correct").is_null() | pl.col("was").is_null()).then(pl.lit("no one right answer"))
+        .when(right & was).then(pl.lit("right in both")).when(right).then(pl.lit("became right"))
+        .when(was).then(pl.lit("became wrong")).otherwise(pl.lit("wrong in both"))
+    )  # fmt: skip
+    text = pl.col("item_id") if documents is None else pl.coalesce("text", "item_id")
+    change = pl.col("gold_logp") - pl.col("before")
+    return both.select("task", "item_id", question=text, outcome=outcome, change=change).sort("task", "item_id")

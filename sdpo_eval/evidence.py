@@ -1,7 +1,7 @@
 """What the report rests on: a run folder's tables, and the numbers that are drawn from them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,9 +11,11 @@ import polars as pl
 import ruamel.yaml
 
 from sdpo_data.config import read_section
+from sdpo_data.difficulty import difficulty_named
 from sdpo_data.intervals import clustered_means
 from sdpo_data.run import Run
 from sdpo_data.tables import (
+    CONTAMINATION,
     DROPPED,
     ITEMS,
     LOGP_MARGIN,
@@ -49,6 +51,8 @@ class Evidence:
     pairs: pl.DataFrame
     held_out: pl.DataFrame
     dropped: pl.DataFrame
+    contamination: pl.DataFrame | None
+    """None where the pairs were not matched against what is evaluated."""
     scores: pl.DataFrame
     partition: pl.DataFrame
     results: pl.DataFrame
@@ -61,6 +65,8 @@ class Evidence:
     documents: pl.DataFrame
     """protocol, task, item_id and text of the questions."""
     compare: CompareConfig
+    runs: tuple[str, ...] = ()
+    """Names of the runs that this was merged of, see versus.py."""
 
     @cached_property
     def contrasts(self) -> pl.DataFrame:
@@ -75,9 +81,11 @@ def read_evidence(run: Run) -> Evidence:
         SdpoError: a table cannot be read, or is not what its schema says.
     """
 
+    def there(name: str) -> bool:
+        return (run.path / f"{name}.parquet").exists()
+
     def table(name: str, schema: pl.Schema) -> pl.DataFrame:
-        there = (run.path / f"{name}.parquet").exists()
-        return check(run.read(name), schema, f"{name}.parquet") if there else schema.to_frame()
+        return check(run.read(name), schema, f"{name}.parquet") if there(name) else schema.to_frame()
 
     config = (run.path / "config.yaml").read_text("utf-8") if (run.path / "config.yaml").exists() else ""
     return Evidence(
@@ -88,6 +96,7 @@ def read_evidence(run: Run) -> Evidence:
         pairs=table("pairs", PAIRS),
         held_out=table("held_out", PAIRS),
         dropped=table("dropped", DROPPED),
+        contamination=table("contamination", CONTAMINATION) if there("contamination") else None,
         scores=table("scores", SCORES),
         partition=table("partition", PARTITION),
         results=table("results", RESULTS),
@@ -144,11 +153,13 @@ def find_base(results: pl.DataFrame) -> Model | None:
 def find_lasts(results: pl.DataFrame) -> list[Model]:
     """Find the last model of every arm and seed, sdpo's first."""
     others = results.filter(pl.col("arm") != "base").group_by("arm", "seed").agg(pl.col("step").max())
-    return others.sort(pl.col("arm") != "sdpo", "arm", "seed").select(UNIT).rows()
+    return others.sort(~pl.col("arm").str.contains("(^|: )sdpo$"), "arm", "seed").select(UNIT).rows()
 
 
 def pair_sides(evidence: Evidence) -> list[tuple[Side, Side]]:
     """Set every arm's last models against the base model, and sDPO's against every other arm's.
+
+    Of merged runs, the arms of the first are set against those of the same name in the others instead.
 
     Seeds that end at different steps make different sides; sides of several seeds each, none of
     them shared, are not set against each other.
@@ -166,8 +177,15 @@ def pair_sides(evidence: Evidence) -> list[tuple[Side, Side]]:
     lasts = [side(arm, step, seeds) for (arm, step), seeds in ends.items()]
     base = side("base", 0, [0]) if find_base(results) else None
     pairs = [(last, base) for last in lasts if base]
-    pairs += [(one, two) for one in lasts for two in lasts if one.arm == "sdpo" != two.arm]
+    pairs += [(one, two) for one in lasts for two in lasts if _opposed(one.arm, two.arm, evidence.runs)]
     return [(one, two) for one, two in pairs if _comparable(one, two)]
+
+
+def _opposed(one: str, two: str, runs: tuple[str, ...]) -> bool:
+    if not runs:
+        return one == "sdpo" != two
+    (run, _, arm), (other, _, same) = one.rpartition(": "), two.rpartition(": ")
+    return run == runs[0] != other and arm == same
 
 
 def _comparable(one: Side, two: Side) -> bool:
@@ -212,6 +230,79 @@ def summarise_margins(scores: pl.DataFrame, by: Sequence[str]) -> pl.DataFrame:
     return clustered_means(values, by).drop("clusters").rename({"mean_stderr": "stderr"})
 
 
+def measure_displacement(held_out_scores: pl.DataFrame) -> pl.DataFrame:
+    """Measure how far each model moved both answers of the held-out pairs, from the base model.
+
+    Args:
+        held_out_scores: HELD_OUT_SCORES frame.
+
+    Returns:
+        arm, seed, step, answer ("chosen" or "rejected"), mean and stderr of the change of the
+        answer's log-probability (nats, clustered by prompt), n. Empty without a base model.
+
+    Source: likelihood displacement, arXiv 2410.08847, seen there as a falling chosen log-probability.
+    """
+    base = held_out_scores.filter(arm="base").select("pair_id", was_chosen="chosen_logp", was_rejected="rejected_logp")
+    both = held_out_scores.filter(pl.col("arm") != "base").join(base, on="pair_id")
+    moved = [
+        both.select(*UNIT, "prompt_id", answer=pl.lit(side), mean=pl.col(f"{side}_logp") - pl.col(f"was_{side}"))
+        for side in ("chosen", "rejected")
+    ]
+    means = clustered_means(pl.concat(moved), [*UNIT, "answer"])
+    return means.drop("clusters").rename({"mean_stderr": "stderr"})
+
+
+def measure_drift(evidence: Evidence) -> pl.DataFrame:
+    """Measure how difficulty moved: every step's pairs, judged by the step's reference and by the base model.
+
+    Returns:
+        arm, seed, step, pairs, order_kept (Spearman's rho between the two difficulties; null where
+        one does not vary), got_right and got_wrong (pairs whose margin's sign turned). Steps whose
+        reference is the base model are left out; empty too where the definition needs more than these scores.
+    """
+    both = evidence.references.join(
+        evidence.scores.select("pair_id", base_key="model_key", margin_base=LOGP_MARGIN), on="pair_id"
+    ).filter(pl.col("model_key") != pl.col("base_key"))
+    rows = []
+    for unit, own in both.group_by(UNIT, maintain_order=True):
+        before = own.select("pair_id").join(evidence.scores, on="pair_id", maintain_order="left")
+        try:
+            difficulty = difficulty_named(evidence.partition["definition"][0])
+            harder = pl.DataFrame({"now": difficulty.measure(own), "before": difficulty.measure(before)})
+        except SdpoError:  # by ratings, by a second model, or by what only its maker knows
+            continue
+        rho = harder.select(pl.corr("now", "before", method="spearman").fill_nan(None)).item()
+        turned = own.select(now=LOGP_MARGIN > 0, before=pl.col("margin_base") > 0)
+        right, wrong = (turned.filter(now=now, before=not now).height for now in (True, False))
+        rows.append((*unit, own.height, rho, right, wrong))
+    names = [*UNIT, "pairs", "order_kept", "got_right", "got_wrong"]
+    types = [pl.String, pl.Int64, pl.Int64, pl.Int64, pl.Float64, pl.Int64, pl.Int64]
+    return pl.DataFrame(rows, dict(zip(names, types, strict=True)), orient="row")
+
+
+def last_metrics(metrics: pl.DataFrame) -> pl.DataFrame:
+    """Take of every step and metric the value that was logged last, with its standard error (logged as NAME/stderr).
+
+    Returns:
+        arm, seed, step, name, value, stderr.
+    """
+    ordered = metrics.sort(*UNIT, "name", "update", maintain_order=True)
+    lasts = ordered.group_by(*UNIT, "name", maintain_order=True).agg(pl.col("value").last())
+    is_error = pl.col("name").str.ends_with("/stderr")
+    errors = lasts.filter(is_error).with_columns(pl.col("name").str.strip_suffix("/stderr")).rename({"value": "stderr"})
+    return lasts.filter(~is_error).join(errors, on=[*UNIT, "name"], how="left", maintain_order="left")
+
+
+def read_texts(pairs: pl.DataFrame, most: int = 120) -> pl.DataFrame:
+    """Give the texts of pairs in short, as a person reads them: pair_id, prompt, chosen, rejected."""
+
+    def short(row: dict[str, str]) -> str:
+        text = " ".join(_readable(row).split())
+        return text if len(text) <= most else f"{text[:most]}…"
+
+    return pairs.select("pair_id", *_texts(short))
+
+
 def edge_pairs(evidence: Evidence) -> pl.DataFrame:
     """Pick the easiest, the median and the hardest pair of every step.
 
@@ -226,12 +317,15 @@ def edge_pairs(evidence: Evidence) -> pl.DataFrame:
         picked += [part[row].with_columns(place=pl.lit(place)) for place, row in places.items()]
     if not picked:
         return known.with_columns(place=pl.lit(""))
-    texts = [
-        pl.struct(name, "format").map_elements(_readable, pl.String).alias(name)
-        for name in ("prompt", "chosen", "rejected")
-    ]
     scores = evidence.scores.select("pair_id", "chosen_tokens", "rejected_tokens", margin=LOGP_MARGIN)
-    return pl.concat(picked).with_columns(texts).join(scores, on="pair_id", how="left", maintain_order="left")
+    return (
+        pl.concat(picked).with_columns(_texts(_readable)).join(scores, on="pair_id", how="left", maintain_order="left")
+    )
+
+
+def _texts(write: Callable[[dict[str, str]], str]) -> list[pl.Expr]:
+    names = ("prompt", "chosen", "rejected")
+    return [pl.struct(name, "format").map_elements(write, pl.String).alias(name) for name in names]
 
 
 def _readable(row: dict[str, str]) -> str:

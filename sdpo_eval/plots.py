@@ -1,39 +1,62 @@
-"""One figure per question: frames in, an altair chart out.
+"""One figure per question about scores and pairs: frames in, an altair chart out; plots_chain.py has the training's.
 
 A step keeps its colour (viridis), shape and dash from figure to figure, so none of them needs
 colour vision; bars are 95 % intervals wherever a standard error exists.
 """
 
-import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import altair as alt
 import polars as pl
 
 from sdpo_data.tables import LOGP_MARGIN, TOKEN_DIFFERENCE
+from sdpo_eval.canvas import (
+    BARS,
+    BOUNDS,
+    DOTS,
+    GREY,
+    HEIGHT,
+    VIRIDIS,
+    WIDTH,
+    Figure,
+    drawn_at_random,
+    from_base,
+    guide,
+    held,
+    interval,
+    lines_by_step,
+    marks,
+    once,
+    panels,
+    stroke,
+    styled,
+    tooltip,
+)
 
-Figure = alt.Chart | alt.LayerChart | alt.FacetChart
-
-WIDTH, HEIGHT = 640, 260  # pixels
-LOG_2 = math.log(2)
-NORMAL_95 = 1.959964
-MOST_POINTS = 2000  # marks in one figure
-DOTS = [2, 3]  # dash of the lines that only guide the eye
 QUANTILES = 201  # points of a cumulative curve
-VIRIDIS = alt.Scale(scheme=alt.SchemeParams(name="viridis", extent=[0, 0.9]))  # its yellow end is lost on white
+MOST_SOURCES = 20  # rows of the figure of difficulties
+ASKED = ("n", ",", "questions")
+TEXTS = ("prompt", "chosen", "rejected")  # of a pair, shown on hovering
 
 
-def plot_h4(results: pl.DataFrame) -> Figure:
+def plot_h4(results: pl.DataFrame, chance: float | None = None) -> Figure:
     """Draw H4 from the base model through every step, one line per arm and seed.
 
     Args:
         results: RESULTS of one protocol and subset, with rows of task "h4".
+        chance: points that guessing scores.
     """
-    title = alt.Title("H4 from the base model through every step", subtitle=f"Mean of the four tasks. {_BARS}")
     chains = _chains(results.filter(pl.col("task") == "h4"))
-    chart = alt.layer(*_lines_by_step(chains, "H4, points of 100"), data=_rows(chains))
-    return _styled(chart.properties(width=WIDTH, height=HEIGHT), title)
+    guess = [] if chance is None else [_guess(chance)]
+    chart = alt.layer(
+        *guess, *lines_by_step(chains, "H4, points of 100", ("task", ("n", ",", "questions"))), data=held(chains)
+    )
+    said = "Mean of the four tasks; the base model is where every arm starts."
+    return styled(
+        chart.properties(width=WIDTH, height=HEIGHT),
+        _ends(chains),
+        f"{said} {BARS}{' Dotted: what guessing scores.' if guess else ''}",
+    )
 
 
 def plot_tasks(results: pl.DataFrame, chance: Mapping[str, float], names: Mapping[str, str]) -> Figure:
@@ -48,41 +71,107 @@ def plot_tasks(results: pl.DataFrame, chance: Mapping[str, float], names: Mappin
         chance=pl.col("task").replace_strict(chance, default=None, return_dtype=pl.Float64),
         task=pl.col("task").replace(names),
     )
-    guess = alt.Chart().mark_rule(strokeDash=DOTS, color=_GREY).encode(y="mean(chance):Q")
-    lines = _lines_by_step(chains, "points of 100")
+    guess = alt.Chart().mark_rule(strokeDash=DOTS, color=GREY).encode(y="mean(chance):Q")
+    lines = lines_by_step(chains, "points of 100", ["task", ASKED])
     order = [names.get(task, task) for task in (*names, *results["task"].unique(maintain_order=True))]
-    chart = _panels([guess, *lines], chains, alt.Facet("task:N", title=None, sort=order)).resolve_scale(y="independent")
+    chart = panels([guess, *lines], chains, alt.Facet("task:N", title=None, sort=order)).resolve_scale(y="independent")
     drawn = any(task in chance for task in results["task"])
-    subtitle = f"{_BARS}{' Dotted: what guessing scores.' if drawn else ''} Each panel has its own scale."
-    return _styled(chart, alt.Title("Each task from the base model through every step", subtitle=subtitle))
+    subtitle = f"{BARS}{' Dotted: what guessing scores.' if drawn else ''} Each panel has its own scale."
+    return styled(chart, "Each task from the base model through every step", subtitle)
 
 
-def plot_reference_margins(references: pl.DataFrame) -> Figure:
-    """Draw what the reference thinks of each part: the paper's Figure 2, for this run.
+def plot_paper_scale(models: pl.DataFrame) -> Figure:
+    """Draw H4 of this run's models among the models of the paper's Table 2.
 
     Args:
-        references: arm, seed, step, reference (which model judges), mean, stderr (nats), n:
-            one row per part and model.
+        models: model, of ("this run" or "the paper"), h4, stderr (points; null for the paper's).
 
-    Source: arXiv 2403.19270, Figure 2: mean gamma under the reference. There all models judge
-        one set; here each judges the pairs of the step it is the reference of.
+    Source: arXiv 2403.19270, Table 2.
     """
-    table = _interval(references, "mean")
-    x = alt.X("step:O", title="step", axis=alt.Axis(labelAngle=0, grid=False))
-    dodge = alt.XOffset("reference:N", scale=alt.Scale(paddingOuter=1))
-    base = alt.Chart().encode(x=x, xOffset=dodge)
-    tooltip = _tooltip("arm", "seed", "step", "reference", ("mean", ".2f", "mean margin [nats]"), *_BOUNDS, "n")
-    y = alt.Y("low:Q", title="mean margin [nats]")
-    bars = base.mark_rule(strokeWidth=1.5).encode(_stroke("reference"), y=y, y2="high:Q")
-    points = base.mark_point(filled=True, size=80, opacity=1).encode(
-        *_marks("reference", "judged by"), y="mean:Q", tooltip=tooltip
+    table = interval(models.rename({"h4": "value"}), "value")
+    y = alt.Y("model:N", title=None, sort=table.sort("value", descending=True)["model"].to_list())
+    base = alt.Chart().encode(y=y.axis(labelLimit=230, grid=True, ticks=False, domain=False))
+    bars = base.mark_rule(strokeWidth=1.5).encode(
+        stroke("of"), x=alt.X("low:Q", title="H4, points of 100"), x2="high:Q"
     )
-    chart = _panels([_guide(y=alt.datum(0)), bars, points], table, alt.Facet("arm:N", title=None))
-    title = alt.Title(
-        "How far each step's reference prefers the chosen answers of the step's pairs",
-        subtitle=f"Mean of log p(chosen) − log p(rejected). {_BARS}",
+    points = base.mark_point(filled=True, size=75, opacity=1).encode(
+        *marks("of"), x=alt.X("value:Q", scale=alt.Scale(zero=False), axis=alt.Axis(grid=False, tickCount=8)),
+        tooltip=tooltip("model", "of", ("value", ".2f", "H4"), *BOUNDS),
+    )  # fmt: skip
+    chart = alt.layer(bars, points, data=held(table)).properties(width=WIDTH, height=17 * table.height)
+    return styled(
+        chart,
+        "Where this run's models stand on the paper's scale",
+        "Table 2 of arXiv 2403.19270 beside this run. Other sizes and another harness: for scale, not for comparison.",
     )
-    return _styled(chart, title)
+
+
+def plot_items(changes: pl.DataFrame, names: Sequence[str]) -> Figure:
+    """Draw how every question's right answer moved between two models; hovering shows the question.
+
+    Args:
+        changes: task, item_id, question, outcome (in words), change (nats): a row per question.
+        names: the two models, the first minus the second.
+    """
+    shown, sampled = drawn_at_random(changes, "questions")
+    chart = (
+        alt.Chart()
+        .mark_point()
+        .encode(
+            *marks("outcome", ""),
+            size=alt.Size("turned:O", scale=alt.Scale(range=[26, 90]), legend=None),
+            opacity=alt.Opacity("turned:O", scale=alt.Scale(range=[0.5, 1]), legend=None),
+            x=alt.X("change:Q", title="change of the right answer's log-probability [nats]"),
+            y=alt.Y("task:N", title=None, axis=alt.Axis(grid=False, ticks=False, domain=False)),
+            yOffset=alt.YOffset("spread:Q"),
+            tooltip=tooltip("task", "question", "outcome", ("change", "+.2f", "change [nats]")),
+        )
+    )
+    turned = pl.col("outcome").str.starts_with("became").cast(pl.Int64)
+    spread = shown.with_row_index("row").with_columns(spread=(pl.col("row") * 7 % 11).cast(pl.Int64), turned=turned)
+    spread = spread.drop("row").sort("turned", maintain_order=True)  # those that turned lie on top
+    drawn = alt.layer(guide(x=alt.datum(0)), chart, data=held(spread.with_columns(pl.col("change").round(4))))
+    return styled(
+        drawn.properties(width=WIDTH, height=64 * changes["task"].n_unique()),
+        f"What training did to each question: {names[0]} against {names[1]}",
+        f"Right of 0 the right answer became likelier. One mark per question; hover to read it.{sampled}",
+    )
+
+
+def plot_difficulties(partition: pl.DataFrame, unit: str) -> Figure:
+    """Draw how difficulty is distributed in each source and step: medians, middle halves, and 90 % of the pairs.
+
+    Args:
+        partition: PARTITION frame.
+        unit: of the difficulty.
+    """
+    kept = partition["source"].value_counts(sort=True).sort("count", "source", descending=[True, False])["source"]
+    places = {"q05": 0.05, "q25": 0.25, "median": 0.5, "q75": 0.75, "q95": 0.95}
+    table = (
+        partition.filter(pl.col("source").is_in(kept.head(MOST_SOURCES).to_list()))
+        .group_by("source", "step")
+        .agg(*[pl.col("difficulty").quantile(q, "linear").round(4).alias(n) for n, q in places.items()], pairs=pl.len())
+        .sort("source", "step")
+    )
+    axis = alt.Axis(labelLimit=200, grid=False, ticks=False, domain=False)
+    base = alt.Chart().encode(y=alt.Y("source:N", title=None, axis=axis), yOffset=alt.YOffset("step:N"))
+    x = alt.X("q05:Q", title=f"difficulty: {partition['definition'][0]} [{unit}], harder to the right")
+    thin = base.mark_rule(strokeWidth=1.2).encode(stroke("step"), x=x, x2="q95:Q")
+    thick = base.mark_rule(strokeWidth=5, opacity=0.55).encode(stroke("step"), x="q25:Q", x2="q75:Q")
+    shown = [
+        (name, ".4f", title) for name, title in zip(places, ("5 %", "25 %", "median", "75 %", "95 %"), strict=True)
+    ]
+    points = base.mark_point(filled=True, size=75, opacity=1).encode(
+        *marks("step"), x="median:Q", tooltip=tooltip("source", "step", ("pairs", ",", "pairs"), *shown)
+    )
+    left_out = f" The {MOST_SOURCES} largest of {kept.len()} sources." if kept.len() > MOST_SOURCES else ""
+    rows = table["source"].n_unique() * (14 + 15 * table["step"].n_unique())
+    chart = alt.layer(thin, thick, points, data=held(table)).properties(width=WIDTH, height=max(60, rows))
+    return styled(
+        chart,
+        "How hard each source's pairs are, part by part",
+        f"Mark: median; thick: the middle half; thin: 90 % of the pairs.{left_out}",
+    )
 
 
 def plot_margin_curves(scores: pl.DataFrame, partition: pl.DataFrame) -> Figure:
@@ -102,222 +191,110 @@ def plot_margin_curves(scores: pl.DataFrame, partition: pl.DataFrame) -> Figure:
         curves.append(pl.DataFrame({"step": step, "margin": part["margin"][at].round(3), "share": share.round(4)}))
     curves = pl.concat(curves).sort("step", "margin")
     chart = (
-        alt.Chart(_rows(curves))
+        alt.Chart(held(curves))
         .mark_line(interpolate="step-after", strokeWidth=2)
         .encode(
             x=alt.X("margin:Q", title="log p(chosen) − log p(rejected) under the base model [nats]"),
             y=alt.Y("share:Q", title="share of the step's pairs below", axis=alt.Axis(format="%")),
             color=alt.Color("step:N", scale=VIRIDIS),
             strokeDash=alt.StrokeDash("step:N"),
-            tooltip=_tooltip("step", ("margin", ".2f", "margin [nats]"), ("share", ".1%", "share below")),
+            tooltip=tooltip("step", ("margin", ".2f", "margin [nats]"), ("share", ".1%", "share below")),
         )
     )
-    title = alt.Title(
-        "Margins of each step's pairs under the base model",
-        subtitle="Cumulative shares; where a curve crosses 0 is the share the base model gets wrong.",
-    )
-    return _styled(
-        alt.layer(_guide(x=alt.datum(0)), chart, data=_rows(curves)).properties(width=WIDTH, height=HEIGHT), title
+    return styled(
+        alt.layer(guide(x=alt.datum(0)), chart, data=held(curves)).properties(width=WIDTH, height=HEIGHT),
+        "How many pairs of each step the base model already has right",
+        "Cumulative shares of margins; where a curve crosses 0 is the share the base model gets wrong.",
     )
 
 
-def plot_length_confound(scores: pl.DataFrame, partition: pl.DataFrame) -> Figure:
-    """Draw each pair's difficulty against how much longer its chosen answer is.
+def plot_length_confound(scores: pl.DataFrame, partition: pl.DataFrame, texts: pl.DataFrame | None = None) -> Figure:
+    """Draw each pair's difficulty against how much longer its chosen answer is; hovering shows the pair.
 
     Args:
         scores: SCORES under the base model.
         partition: PARTITION frame.
+        texts: pair_id and TEXTS, as a person reads them; without it hovering shows numbers alone.
     """
     table = partition.select("pair_id", "step", "difficulty").join(
         scores.select("pair_id", "source", tokens=TOKEN_DIFFERENCE), on="pair_id", maintain_order="left"
     )
-    shown = table if table.height <= MOST_POINTS else table.sample(MOST_POINTS, seed=0)
-    definition = partition["definition"][0]
+    shown, sampled = drawn_at_random(table, "pairs")
+    if texts is not None:
+        shown = shown.join(texts.select("pair_id", *TEXTS), on="pair_id", how="left", maintain_order="left")
     chart = (
-        alt.Chart(_rows(shown.with_columns(pl.col("difficulty").round(4))))
+        alt.Chart(held(shown.with_columns(pl.col("difficulty").round(4))))
         .mark_point(size=30, opacity=0.7)
         .encode(
-            *_marks("step"),
+            *marks("step"),
             x=alt.X("tokens:Q", title="chosen longer than rejected by [tokens]", axis=alt.Axis(grid=False)),
-            y=alt.Y("difficulty:Q", title=f"difficulty ({definition})", scale=alt.Scale(zero=False)),
-            tooltip=_tooltip(
-                "pair_id", "source", "step", ("difficulty", ".4f", "difficulty"), ("tokens", ",", "longer by [tokens]")
+            y=alt.Y("difficulty:Q", title=f"difficulty ({partition['definition'][0]})", scale=alt.Scale(zero=False)),
+            tooltip=tooltip(
+                "pair_id", "source", "step", ("difficulty", ".4f", "difficulty"), ("tokens", ",", "longer by [tokens]"),
+                *(TEXTS if texts is not None else ()),
             ),
         )
         .properties(width=WIDTH, height=HEIGHT)
-    )
-    sampled = f" {MOST_POINTS:,} of {table.height:,} pairs, drawn at random." if shown.height < table.height else ""
-    title = alt.Title(
-        "Does the difficulty merely measure length?",
-        subtitle=f"One mark per pair; a slope means that the order is partly an order of lengths.{sampled}",
-    )
-    return _styled(chart, title)
+    )  # fmt: skip
+    hover = " Hover to read it." if texts is not None else ""
+    said = f"One mark per pair; a slope means that the order is partly an order of lengths.{hover}{sampled}"
+    return styled(chart, "Does the difficulty merely measure length?", said)
 
 
-def plot_loss(metrics: pl.DataFrame) -> Figure:
-    """Draw the training loss by update, steps one after another, one panel per arm.
+def plot_definitions(definitions: pl.DataFrame) -> Figure:
+    """Draw how far the definitions of difficulty agree, and with the length: a square per two of them.
 
     Args:
-        metrics: METRICS frame with rows named "loss".
+        definitions: of `sdpo_data.describe.describe_definitions`.
     """
-    return _training_curves(
-        metrics.filter(name="loss"), "DPO loss [nats]", (LOG_2, "log 2 = 0.6931"),
-        "Training loss by update; a step that starts from its reference starts at log 2",
-        "Policy and reference agree on every pair then, and the sigmoid loss is log 2 = 0.6931 (dotted).",
-    )  # fmt: skip
+    names = definitions["definition"].to_list()
+    kinds = dict.fromkeys(names, "Kendall's tau") | {"length_rho": "Spearman's rho"}
+    long = definitions.select("definition", "length_rho", *names).unpivot(
+        index="definition", variable_name="against", value_name="agreement"
+    )
+    agreement = pl.col("agreement")
+    long = long.drop_nulls("agreement").with_columns(
+        kind=pl.col("against").replace(kinds),
+        against=pl.col("against").replace({"length_rho": "how much longer chosen is"}),
+        said=agreement.map_elements(lambda value: f"{value:+.2f}".replace("-", "−"), pl.String),
+        agreement=agreement.round(4),
+        strength=agreement.abs().round(4),
+        sign=pl.when(agreement < 0).then(pl.lit("−")).otherwise(pl.lit("+")),
+    )
+    order = [*names, "how much longer chosen is"]
+    base = alt.Chart(held(long)).encode(
+        x=alt.X("against:N", title=None, sort=order, axis=alt.Axis(labelAngle=-28, grid=False, labelLimit=170)),
+        y=alt.Y("definition:N", title=None, sort=names, axis=alt.Axis(grid=False, labelLimit=220)),
+    )
+    squares = base.mark_rect().encode(
+        color=alt.Color("sign:N", scale=alt.Scale(domain=["+", "−"], range=["#3b82b8", "#d08a2e"]), legend=None),
+        opacity=alt.Opacity("strength:Q", scale=alt.Scale(domain=[0, 1], range=[0.04, 0.6]), legend=None),
+        tooltip=tooltip("definition", "against", ("agreement", "+.3f", "agreement"), "kind"),
+    )
+    numbers = base.mark_text(fontSize=12).encode(text="said:N")
+    sampled = definitions["tau_pairs"][0]
+    return styled(
+        alt.layer(squares, numbers).properties(width=WIDTH, height=34 * len(names)),
+        "Which definitions of difficulty order the pairs alike",
+        f"1: the same order; −1: the opposite one; 0: nothing in common. {sampled:,} pairs.",
+    )
 
 
-def plot_reward_margins(metrics: pl.DataFrame) -> Figure:
-    """Draw TRL's implicit reward margin by update, steps one after another, one panel per arm.
-
-    Args:
-        metrics: METRICS frame with rows named "rewards/margins": beta times how far the policy
-            moved from its reference on the pair, which starts at 0 in every step.
-    """
-    return _training_curves(
-        metrics.filter(name="rewards/margins"), "rewards/margins", (0.0, "0: policy = reference"),
-        "How far training separated the answers, beyond the step's reference",
-        "TRL's rewards/margins: beta × (margin of the policy − margin of its reference), from 0 in every step.",
-    )  # fmt: skip
+def _ends(chains: pl.DataFrame) -> str:
+    """Say where H4 ends for each arm (mean over its seeds), and where it began."""
+    base = chains.filter(model="base")["value"].to_list()
+    last = chains.filter(pl.col("step") == pl.col("step").max().over("arm", "seed"))
+    ends = last.group_by("arm").agg(pl.col("value").mean()).sort("value", "arm", descending=[True, False]).rows()
+    said = ", ".join(f"{value:.1f} for {arm}" for arm, value in ends[:3])
+    others = f", {len(ends) - 3} more below" if ends[3:] else ""
+    return f"H4 ends at {said}{others}{f', from {base[0]:.1f} before step 1' if base else ''}"
 
 
-_GREY = "#7d8590"
-_CONFIG = {
-    "font": "system-ui, sans-serif",
-    "background": "transparent",
-    "view": {"stroke": None},
-    "title": {
-        "anchor": "start", "offset": 14, "fontSize": 15, "fontWeight": 600,
-        "subtitleFontSize": 12, "subtitleColor": _GREY,
-    },
-    "axis": {
-        "labelFontSize": 12, "titleFontSize": 12, "titleFontWeight": "normal", "gridOpacity": 0.5,
-        "domainColor": _GREY, "tickColor": _GREY, "labelColor": _GREY, "titleColor": _GREY,
-    },
-    "legend": {
-        "orient": "top", "titleOrient": "left", "columnPadding": 16,
-        "titleFontWeight": "normal", "titleFontSize": 12, "labelFontSize": 12,
-    },
-    "header": {"labelFontSize": 12.5, "labelFontWeight": 600, "labelAnchor": "start"},
-}  # fmt: skip
-_BARS = "Bars: 95 % intervals."
-_BOUNDS = (("low", ".2f", "95 % from"), ("high", ".2f", "95 % to"))
+def _guess(chance: float) -> alt.Chart:
+    return once().mark_rule(strokeDash=DOTS, color=GREY).encode(y=alt.datum(chance))
 
 
 def _chains(results: pl.DataFrame) -> pl.DataFrame:
     """Let every arm start from the base model's row, and set the arms a little apart."""
-    columns = ["arm", "seed", "step", "model", "task", "value", "stderr", "n"]
-    base = results.filter(arm="base").with_columns(model=pl.lit("base"))
-    others = results.filter(pl.col("arm") != "base").with_columns(
-        model=pl.format("{} seed {} step {}", "arm", "seed", "step")
-    )
-    arms = others.filter(pl.col("step") > 0).select("arm", "seed").unique()
-    if arms.height:
-        base = base.drop("arm", "seed").join(arms, how="cross")
-    chains = pl.concat([base.select(columns), others.select(columns)]).sort("arm", "seed", "step")
-    place = pl.col("arm").rank("dense") - (pl.col("arm").n_unique() + 1) / 2
-    apart = pl.when(pl.col("model") == "base").then(0.0).otherwise(0.07 * place)
-    return _interval(chains, "value").with_columns(x=pl.col("step") + apart)
-
-
-def _lines_by_step(chains: pl.DataFrame, y_title: str) -> list[alt.Chart]:
-    last = max(chains["step"].to_list())
-    x = alt.X(
-        "x:Q",
-        title=None,
-        scale=alt.Scale(domain=[-0.25, last + 0.25], nice=False),
-        axis=alt.Axis(
-            values=list(range(last + 1)), grid=False, labelExpr="datum.value ? 'step ' + datum.value : 'base'"
-        ),
-    )
-    y = alt.Y("value:Q", title=y_title, scale=alt.Scale(zero=False, nice=True))
-    tooltip = _tooltip("model", "task", ("value", ".2f", "points"), *_BOUNDS, ("n", ",", "questions"))
-    base = alt.Chart().encode(x=x, detail="seed:N")
-    bars = base.mark_rule(strokeWidth=1.5).encode(_stroke("arm"), y=alt.Y("low:Q", title=y_title), y2="high:Q")
-    lines = base.mark_line(strokeWidth=2).encode(_stroke("arm"), _dash("arm"), y=y)
-    points = base.mark_point(filled=True, size=75, opacity=1).encode(*_marks("arm"), y=y, tooltip=tooltip)
-    return [bars, lines, points]
-
-
-def _training_curves(metric: pl.DataFrame, y_title: str, start: tuple[float, str], text: str, subtitle: str) -> Figure:
-    """Draw one metric over a run's updates, steps end to end, beside the value that they start from."""
-    unit = ["arm", "seed", "step"]
-    table = metric.sort(*unit, "update").select(*unit, "update", pl.col("value").round(6))
-    ends = table.group_by(unit).agg(last=pl.col("update").max()).sort(unit)
-    before = ends.with_columns(before=pl.col("last").cum_sum().over("arm", "seed") - pl.col("last")).drop("last")
-    table = table.join(before, on=unit, maintain_order="left").with_columns(at=pl.col("update") + pl.col("before"))
-    every = math.ceil(table.height / MOST_POINTS)
-    table = table.filter(pl.int_range(pl.len()).over(unit) % every == 0)
-    base = alt.Chart().encode(
-        x=alt.X("at:Q", title="update, counted over the arm's steps", axis=alt.Axis(tickMinStep=1, grid=False)),
-        y=alt.Y("value:Q", title=y_title, scale=alt.Scale(zero=False)),
-        detail=["seed:N", "step:N"],
-        tooltip=_tooltip(*unit, "update", ("value", ".4f", y_title)),
-    )
-    lines = base.mark_line(strokeWidth=2).encode(_stroke("step"), _dash("step"))
-    points = base.mark_point(filled=True, size=32, opacity=1).encode(*_marks("step"))
-    rule = _guide(y=alt.datum(start[0]))
-    label = _once().mark_text(text=start[1], align="right", dx=-3, dy=-6, color=_GREY).encode(
-        x=alt.value("width"), y=alt.datum(start[0])
-    )  # fmt: skip
-    chart = _panels([rule, label, lines, points], table, alt.Facet("arm:N", title=None))
-    thinned = f" One update in {every} is drawn." if every > 1 else ""
-    return _styled(chart, alt.Title(text, subtitle=subtitle + thinned))
-
-
-def _panels(layers: list[alt.Chart], table: pl.DataFrame, by: alt.Facet) -> alt.FacetChart:
-    """Draw the layers once per value of a column, two panels beside each other."""
-    several = table[str(by.shorthand).removesuffix(":N")].n_unique() > 1
-    width, height = (WIDTH // 2 - 30, 200) if several else (WIDTH, HEIGHT)
-    chart = alt.layer(*layers, data=_rows(table)).properties(width=width, height=height)
-    return chart.facet(by, columns=2)
-
-
-def _marks(column: str, title: str | None = None) -> tuple[alt.Color, alt.Shape]:
-    """Tell values apart by colour and by shape, in one legend."""
-    title = title or column
-    return alt.Color(f"{column}:N", scale=VIRIDIS, title=title), alt.Shape(f"{column}:N", title=title)
-
-
-def _stroke(column: str) -> alt.Stroke:
-    """Colour a line as its marks are, without a second legend."""
-    return alt.Stroke(f"{column}:N", scale=VIRIDIS, legend=None)
-
-
-def _dash(column: str) -> alt.StrokeDash:
-    return alt.StrokeDash(f"{column}:N", legend=None)
-
-
-def _interval(table: pl.DataFrame, value: str) -> pl.DataFrame:
-    """Add the ends of the 95 % interval; null, hence no bar, where there is no standard error."""
-    half = NORMAL_95 * pl.col("stderr")
-    return table.with_columns(low=pl.col(value) - half, high=pl.col(value) + half)
-
-
-def _guide(**place: Any) -> alt.Chart:
-    return _once().mark_rule(strokeDash=DOTS, color=_GREY).encode(**place)
-
-
-def _once() -> alt.Chart:
-    """Start a layer that is drawn once per panel, not once per row."""
-    return alt.Chart().transform_aggregate(rows="count()")
-
-
-def _tooltip(*columns: str | tuple[str, str, str]) -> list[alt.Tooltip]:
-    tooltips = []
-    for column in columns:
-        if isinstance(column, str):
-            tooltips.append(alt.Tooltip(f"{column}:N", title=column))
-        else:
-            name, format_, title = column
-            tooltips.append(alt.Tooltip(f"{name}:Q", format=format_, title=title))
-    return tooltips
-
-
-def _rows(table: pl.DataFrame) -> alt.Data:
-    """Hold the rows in the chart itself: no size limit of altair's, no type guessing."""
-    return alt.InlineData(values=table.to_dicts())
-
-
-def _styled(chart: Figure, title: alt.Title) -> Figure:
-    return chart.properties(title=title, config=_CONFIG)
+    columns = ["arm", "seed", "step", "task", "value", "stderr", "n"]
+    return interval(from_base(results.select(columns)), "value")

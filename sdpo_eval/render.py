@@ -17,11 +17,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from sdpo_eval.blocks import Drawing, Estimate, Section, write_number
+from sdpo_eval.blocks import LONGEST_CELL, Drawing, Estimate, Section, write_number
 
 TEMPLATES = Path(__file__).parent / "templates"
-LONGEST_CELL = 200  # characters of data shown in a table or a figure
 LONGEST_ANSWER = 1200  # characters shown of a prompt or an answer
+LONGEST_VALUE = 4_000  # characters of a text in JSON
 LONGEST_TEXT = 40_000  # characters shown of anything
 HIDDEN = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u200e\u200f\u2028-\u202e"
@@ -80,10 +80,17 @@ def shown(cell: Any) -> str:
     return f"{cell:,}".replace("-", "−") if isinstance(cell, int) else visible(str(cell), LONGEST_CELL)
 
 
+def sorted_by(cell: Any) -> float | str:
+    """Give the number that a cell is sorted by; nothing where it is no number."""
+    number = cell.value if isinstance(cell, Estimate) else cell
+    return number if isinstance(number, int | float) and math.isfinite(number) else ""
+
+
 def plain(value: Any, most: int = LONGEST_TEXT) -> Any:
     """Make what JSON can hold: dataclasses as objects, numbers that are none as null, strings visible."""
     if isinstance(value, Estimate):
-        return plain({"value": value.value, "stderr": value.stderr, "n": value.n}, most)
+        ends = {} if value.ends is None else dict(zip(("low", "high"), value.ends, strict=True))
+        return plain({"value": value.value, "stderr": value.stderr, "n": value.n} | ends, most)
     if is_dataclass(value):
         return {item.name: plain(getattr(value, item.name), most) for item in fields(value)}
     if isinstance(value, dict):
@@ -106,7 +113,7 @@ def _environment(*, html: bool) -> jinja2.Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    for filter_ in (shown, shown_answer, fenced, unbroken, head, spec):
+    for filter_ in (shown, shown_answer, sorted_by, fenced, unbroken, head, spec):
         environment.filters[filter_.__name__] = filter_
     return environment
 
@@ -136,13 +143,14 @@ def head(column: str, units: dict[str, str]) -> str:
 
 
 def unbroken(text: str) -> str:
-    """Keep a number and its error on one line."""
-    return re.sub(r" ([±×=]) ", "\u00a0\\1\u00a0", text)
+    """Keep a number and its error, or an interval's ends, on one line."""
+    text = re.sub(r" ([±×=]) ", "\u00a0\\1\u00a0", text)
+    return re.sub(r"(\[[−+]?[\d.,]+,) ", "\\1\u00a0", text)
 
 
 def spec(drawing: Drawing) -> dict[str, Any]:
     """Take a chart apart: its title and subtitle, and the rest as JSON that may stand in a script element."""
-    chart = plain(drawing.draw().to_dict(), LONGEST_CELL)
+    chart = plain(drawing.draw().to_dict(validate=False), LONGEST_CELL)  # tests validate; it takes as long as the rest
     title = chart.pop("title")
     del chart["$schema"]  # an address, and the page is to name none
     text = json.dumps(chart, allow_nan=False)  # ASCII only

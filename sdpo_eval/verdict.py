@@ -1,5 +1,6 @@
 """How the models of a run compare: the verdict in words, and the H4 tables and figures under it."""
 
+import re
 import shlex
 from collections.abc import Iterator
 from typing import Any
@@ -7,84 +8,141 @@ from typing import Any
 import polars as pl
 
 from sdpo_eval import plots
-from sdpo_eval.blocks import Block, Drawing, Estimate, Missing, Prose, Table
-from sdpo_eval.contrasts import METHODS, tell_kind
+from sdpo_eval.blocks import Block, Drawing, Estimate, Heading, Missing, Prose, Table
+from sdpo_eval.contrasts import CHECKPOINTS, METHODS, tell_kind
 from sdpo_eval.evidence import UNIT, Evidence, Model, comparable_results, find_base, find_lasts
 from sdpo_eval.h4 import MEAN, TASKS
+from sdpo_eval.published import TABLE_2
+from sdpo_eval.stats import ALPHA
 
 TITLES = {name: task.title for name, task in TASKS.items()} | {MEAN: "H4"}
 ENOUGH_QUESTIONS = 500  # with fewer, a task's standard error is above 2 points
+MOST_TOLD = 4  # contrasts in the first sentence of the verdict; half of it in the second
 
 
 def tell_verdict(evidence: Evidence) -> Iterator[Block]:
-    """Say what every arm's last model scores and whether that differs from the base model; H4 if there is one."""
+    """Say in two sentences how sDPO stands against the other way and against the base model; then what limits that."""
     if evidence.results.is_empty():
-        yield Prose("No model of this run has been evaluated yet, so there is no verdict.")
+        yield Prose("No model of this run has been evaluated yet, so there is no verdict.", lead=True)
         yield name_command(evidence, "H4 of the base model and of every step is missing", "sdpo_eval")
         return
     results = comparable_results(evidence.results)
-    yield from _say_limits(results)
     missing = [task.title for name, task in TASKS.items() if name not in results["task"]]
+    spoken = [MEAN] if MEAN in results["task"] else [name for name in TASKS if name in results["task"]]
+    for sentence in _say_contrasts(evidence, spoken):
+        yield Prose(sentence, lead=True)
+    yield from _say_limits(results)
     if missing:
         what = f"There is no H4, the mean of all four tasks, without {' and '.join(missing)}"
         yield name_command(evidence, what, "sdpo_eval", "--truthfulqa FILE" if "TruthfulQA" in missing else "")
-    spoken = [MEAN] if MEAN in results["task"] else [name for name in TASKS if name in results["task"]]
     for task in spoken:
         models = [model for model in (find_base(results), *find_lasts(results)) if model]
         scores = [f"{_called(model, results)} {score}" for model in models if (score := _score(results, model, task))]
         yield Prose(f"{TITLES[task]}: {', '.join(scores)}.")
-    yield from _tell_contrasts(evidence, spoken)
+    if evidence.contrasts.height:
+        yield Prose(f"{tell_kind(evidence.contrasts)} {_say_primary(evidence)}")
 
 
-def _tell_contrasts(evidence: Evidence, tasks: list[str]) -> Iterator[Prose]:
-    """Say each contrast's verdict: the one on the methods where there is one, else the checkpoints'."""
+def _say_contrasts(evidence: Evidence, tasks: list[str]) -> Iterator[str]:
+    """Say the contrast between two arms that was named beforehand, then those against the base model."""
     contrasts = evidence.contrasts
     if contrasts.is_empty():
         return
     best = pl.col("verdict_on").eq(METHODS) | ~pl.lit(METHODS in contrasts["verdict_on"])
-    told: dict[str, list[str]] = {}
-    for row in contrasts.filter(best, pl.col("task").is_in(tasks)).iter_rows(named=True):
-        difference = as_difference(row)
-        interval = f" {difference.interval_shown}" if difference.interval else ""
-        said = f"{TITLES[row['task']]} {difference.number}{interval}, {row['verdict']}"
-        told.setdefault(f"{name_contrast(row)} ({row['verdict_on']})", []).append(said)
-    for contrast, said in told.items():
-        yield Prose(f"{contrast}, over the same questions: {'; '.join(said)}.")
-    yield Prose(tell_kind(contrasts))
+    judged = contrasts.filter(best, pl.col("task").is_in(tasks))
+    base = pl.col("second").str.contains(r"(^|: )base$")
+    first, second = evidence.compare.primary.split(" - ")
+    named = [
+        pl.col(side).str.contains(rf"(^|: ){re.escape(arm)}( |$)")
+        for side, arm in (("first", first), ("second", second))
+    ]
+    for rows, most in ((judged.filter(*named, ~base), MOST_TOLD), (judged.filter(base), MOST_TOLD // 2)):
+        if rows.height:
+            told: dict[str, list[str]] = {}
+            for row in rows.head(most).iter_rows(named=True):
+                told.setdefault(f"{row['first']} against {row['second']}", []).append(_say_contrast(row))
+            others = f" {rows.height - most} more stand in the table." if rows.height > most else ""
+            sentences = [f"{who}: {', '.join(said)}" for who, said in told.items()]
+            yield f"{'; '.join(sentences)}.{others}"
+
+
+def _say_contrast(row: dict[str, Any]) -> str:
+    difference = as_difference(row, digits=1)
+    adjusted = row["p"] is not None and row["p"] < ALPHA <= row["p_holm"]
+    said = f"{row['verdict']}{' once adjusted for being several,' if adjusted else ''}"
+    return f"{difference.number} {TITLES[row['task']]}, {said} at n = {row['n']:,}"
+
+
+def _say_primary(evidence: Evidence) -> str:
     config = evidence.compare
     wanted = f"{config.primary} by {TITLES.get(config.primary_task, config.primary_task)}"
-    if contrasts["primary"].any():
-        yield Prose(f"The primary contrast is {wanted}; the verdicts of all others are adjusted for being several.")
-    else:
-        yield Prose(f"All verdicts are adjusted for being several; {wanted}, the primary one, is not among them once.")
+    if evidence.contrasts["primary"].any():
+        return f"The primary contrast is {wanted}; the verdicts of all others are adjusted for being several."
+    return f"All verdicts are adjusted for being several; {wanted}, the primary one, is not among them once."
 
 
 def tell_h4(evidence: Evidence) -> Iterator[Block]:
-    """Show every model's score on every task, and what differs from the base model."""
+    """Show every model's score on every task, what differs from the base model, and the paper's own numbers."""
     results = comparable_results(evidence.results)
     if results.is_empty():
         return
-    if MEAN in results["task"]:
-        yield Drawing("h4", lambda: plots.plot_h4(results))
     chance = {name: task.chance for name, task in TASKS.items()}
-    yield Drawing("tasks", lambda: plots.plot_tasks(results, chance, TITLES))
-    yield Table("scores", "Points of 100 ± standard error (n questions)", _score_rows(results))
-    rows = [_contrast_row(row) for row in evidence.contrasts.iter_rows(named=True)]
-    if rows:
-        title = "Differences over the same questions, in points; verdicts are adjusted for being several, intervals not"
-        yield Table("contrasts", title, rows)
-    clean = comparable_results(evidence.results, "clean")
-    if clean.height:
-        yield Table(
-            "clean_scores", "The same, without the questions that the training pairs give away", _score_rows(clean)
-        )
+    if MEAN in results["task"]:
+        yield Drawing("h4", lambda: plots.plot_h4(results, sum(chance.values()) / len(chance)))
+    of_h4 = results.filter(pl.col("task").is_in([*TASKS, MEAN]))
+    if of_h4.height:
+        yield Drawing("tasks", lambda: plots.plot_tasks(of_h4, chance, TITLES))
+        yield Table("scores", "Points of 100 ± standard error (n questions)", score_rows(of_h4))
+    beside = [
+        {"model": _called((row["arm"], row["seed"], row["step"]), results), "task": row["task"]}
+        | {"metric": row["metric"], "score": Estimate(row["value"], row["stderr"], row["n"])}
+        for row in results.join(of_h4, on="task", how="anti", maintain_order="left").iter_rows(named=True)
+    ]
+    if beside:
+        yield Table("other_tasks", "Tasks beside H4, in no mean ± standard error (n questions)", beside)
+    yield from _contrast_tables(evidence.contrasts)
     protocols = results.filter(pl.col("task") != MEAN).select("task", "protocol").unique(maintain_order=True)
-    asked = ", ".join(f"{TITLES[task]} {protocol}" for task, protocol in protocols.rows())
+    asked = ", ".join(f"{TITLES.get(task, task)} {protocol}" for task, protocol in protocols.rows())
     yield Prose(f"Protocols: {asked}. Scores under another protocol answer another question.")
     others = evidence.results.filter(subset="all").join(results, on=["task", "protocol"], how="anti")
     if others.height:
         text = f"Left out of the table: {others.height} scores under other protocols, which results.parquet holds."
         yield Prose(text, loud=True)
+    if MEAN in results["task"]:
+        yield Heading("The paper's numbers, for scale")
+        yield Drawing("paper_scale", lambda: plots.plot_paper_scale(_beside_the_paper(results)))
+        rows = [{TITLES.get(name, name): value for name, value in row.items()} for row in TABLE_2.iter_rows(named=True)]
+        yield Table("paper", "Table 2 of arXiv 2403.19270, as printed, without standard errors", rows, folded=True)
+
+
+def _contrast_tables(contrasts: pl.DataFrame) -> Iterator[Table]:
+    """Show H4's contrasts at once, the tasks' folded; of one kind of verdict the kind stands in the title."""
+    kinds = contrasts["verdict_on"].unique().to_list()
+    on = f" on {kinds[0]}" if len(kinds) == 1 else ""
+    hidden = {"verdict_on", "seeds"} if kinds == [CHECKPOINTS] else set()
+    title = (
+        f"Differences over the same questions, points with 95 % intervals; verdicts{on} are adjusted for being several"
+    )
+    rows = [(row["task"] == MEAN, _contrast_row(row)) for row in contrasts.iter_rows(named=True)]
+    shown = [
+        [{k: v for k, v in row.items() if k not in hidden} for mean, row in rows if mean == which]
+        for which in (True, False)
+    ]
+    if shown[0]:
+        yield Table("contrasts", title, shown[0])
+    if shown[1]:
+        yield Table("task_contrasts", f"{title}, task by task", shown[1], folded=bool(shown[0]))
+
+
+def _beside_the_paper(results: pl.DataFrame) -> pl.DataFrame:
+    paper = TABLE_2.select("model", of=pl.lit("the paper"), h4=pl.col(MEAN), stderr=pl.lit(None, pl.Float64))
+    models = [model for model in (find_base(results), *find_lasts(results)) if model]
+    own = [
+        (_called(model, results), "this run", score.value, score.stderr)
+        for model in models
+        if (score := _score(results, model, MEAN))
+    ]
+    return pl.concat([pl.DataFrame(own, paper.schema, orient="row"), paper])
 
 
 def name_command(evidence: Evidence, what: str, module: str, flags: str = "") -> Missing:
@@ -94,9 +152,11 @@ def name_command(evidence: Evidence, what: str, module: str, flags: str = "") ->
 
 def _say_limits(results: pl.DataFrame) -> Iterator[Prose]:
     tasks = (
-        results.filter(pl.col("task") != MEAN).group_by("task", maintain_order=True).agg(pl.col("n", "n_full").max())
+        results.filter(pl.col("task").is_in(list(TASKS)))
+        .group_by("task", maintain_order=True)
+        .agg(pl.col("n", "n_full").max())
     )
-    counts = ", ".join(f"{TITLES[task]} {n:,} of {full:,}" for task, n, full in tasks.rows())
+    counts = ", ".join(f"{TITLES.get(task, task)} {n:,} of {full:,}" for task, n, full in tasks.rows())
     if any(n < min(ENOUGH_QUESTIONS, full) for _, n, full in tasks.rows()):
         scores = "H4 decides" if MEAN in results["task"] else "scores decide"
         yield Prose(
@@ -106,7 +166,8 @@ def _say_limits(results: pl.DataFrame) -> Iterator[Prose]:
         yield Prose(f"Limited run. Questions asked: {counts}.", loud=True)
 
 
-def _score_rows(results: pl.DataFrame) -> list[dict[str, Any]]:
+def score_rows(results: pl.DataFrame) -> list[dict[str, Any]]:
+    """Lay RESULTS of one subset out: a row per model, a column per task, and what guessing scores."""
     tasks = [name for name in (*TASKS, MEAN) if name in results["task"]]
     rows = [
         {"model": _called(model, results)} | {TITLES[task]: _score(results, model, task) for task in tasks}
@@ -121,19 +182,17 @@ def name_contrast(row: dict[str, Any]) -> str:
     return f"{row['first']} − {row['second']}"
 
 
-def as_difference(row: dict[str, Any]) -> Estimate:
+def as_difference(row: dict[str, Any], digits: int = 2) -> Estimate:
     """Give a row's effect with its error; the interval is that of the test, which need not lie evenly about it."""
     ends = None if row["low"] is None else (row["low"], row["high"])
-    return Estimate(row["effect"], row["stderr"], row["n"], digits=2, signed=True, ends=ends)
+    return Estimate(row["effect"], row["stderr"], row["n"], digits=digits, signed=True, ends=ends)
 
 
 def _contrast_row(row: dict[str, Any]) -> dict[str, Any]:
-    difference = as_difference(row)
     return {
         "contrast": name_contrast(row), "verdict_on": row["verdict_on"], "task": TITLES.get(row["task"], row["task"]),
-        "difference": difference, "95_%_interval": difference.interval_shown, "seeds": row["seeds"],
-        "p_adjusted": round(row["p_holm"], 4), "verdict": row["verdict"],
-        "found_with_80_%": None if row["detectable"] is None else f"{row['detectable']:.2f}",
+        "difference": as_difference(row), "verdict": row["verdict"], "p_adjusted": round(row["p_holm"], 4),
+        "seeds": row["seeds"], "found_with_80_%": row["detectable"] and Estimate(row["detectable"], digits=2),
         "questions_for_1_point": row["n_for_1_point"],
     }  # fmt: skip
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from sdpo_data.tables import (
+    CONTAMINATION,
     DROPPED,
     ITEMS,
     MARGIN_PER_TOKEN,
@@ -22,6 +23,7 @@ from sdpo_data.tables import (
     TEXT,
     check,
 )
+from sdpo_eval.evidence import HELD_OUT_SCORES
 from sdpo_eval.h4 import TASKS, summarise_items
 
 WORDS = [
@@ -51,12 +53,17 @@ def make_run(path: Path, *, pairs: int = 160, tasks: Sequence[str] = tuple(TASKS
     reasons = [("piqa", "identical answers")] * 2 + [("alpaca-eval", "tie")] * 31 + [("alpaca-eval", "duplicate")] * 4
     dropped = [("pairs", source, row, None, reason, "{}") for row, (source, reason) in enumerate(reasons)]
     write(path / "pairs.parquet", table, PAIRS)
-    write(path / "held_out.parquet", make_pairs(draw, 12, "h"), PAIRS)
+    held_out = write(path / "held_out.parquet", make_pairs(draw, 40, "h"), PAIRS)
     write(path / "dropped.parquet", pl.DataFrame(dropped, DROPPED, orient="row"), DROPPED)
     write(path / "scores.parquet", scores, SCORES)
     write(path / "partition.parquet", partition, PARTITION)
     make_arm(draw, path, "sdpo", scores, partition)
     make_arm(draw, path, "dpo", scores, partition.with_columns(step=pl.lit(1, pl.Int64)))
+    make_held_out(draw, path, held_out)
+    matched = [
+        ("p0003", "truthfulqa_mc2", "validation/7", rule, "what is the river") for rule in ("question", "8-gram")
+    ]
+    write(path / "contamination.parquet", pl.DataFrame(matched, CONTAMINATION, orient="row"), CONTAMINATION)
     items = [make_items(draw, path, *model, task) for model in KEYS for task in tasks]
     write(path / "results.parquet", summarise_items(pl.concat(items)) if items else RESULTS.to_frame(), RESULTS)
     (path / "config.yaml").write_text("# TEST DATA\nmodel: embedded:smollm2-135m\npartition:\n  parts: 2\n")
@@ -107,6 +114,13 @@ def make_arm(draw: random.Random, path: Path, arm: str, scores: pl.DataFrame, pa
         reference = ids.join(scores, on="pair_id").with_columns(model_key=pl.lit(start), chosen_logp=lifted)
         moves = [0.3 * (1 - math.exp(-update / 4)) / step + update * draw.gauss(0, 0.003) for update in range(8)]
         values = {"loss": [math.log(2) - move for move in moves], "rewards/margins": [2 * move for move in moves]}
+        values |= {"margin_ref_before": [-9.0 + step], "margin_ref_after": [-3.0 + step], "drift/spearman_rho": [0.9]}
+        values |= {"margin_ref_after/stderr": [1.5]}
+        values |= {
+            "forgetting/part_1/margin_change": [0.25 * step],
+            "weight/0.4-0.5": [0.6 - step / 100],
+            "weight/0.5-0.6": [0.4 + step / 100],
+        }
         metrics = [(arm, 0, step, 1 + i, name, value) for name, row in values.items() for i, value in enumerate(row)]
         write(folder / f"step_{step}/reference_scores.parquet", reference, SCORES)
         write(folder / f"step_{step}/metrics.parquet", pl.DataFrame(metrics, METRICS, orient="row"), METRICS)
@@ -118,6 +132,16 @@ def make_arm(draw: random.Random, path: Path, arm: str, scores: pl.DataFrame, pa
     write(folder / "steps.parquet", pl.DataFrame(rows, STEPS, orient="row"), STEPS)
 
 
+def make_held_out(draw: random.Random, path: Path, pairs: pl.DataFrame) -> None:
+    """Write what every model says of the pairs held out: each step likes both answers less, the rejected ones most."""
+    base = make_scores(draw, pairs)
+    for (arm, step), key in KEYS.items():
+        moved = [pl.col(f"{side}_logp") - step * by for side, by in (("chosen", 0.5), ("rejected", 2.0))]
+        unit = {"arm": pl.lit(arm), "seed": pl.lit(0, pl.Int64), "step": pl.lit(step, pl.Int64)}
+        scores = base.with_columns(*moved, model_key=pl.lit(key), **unit).select(list(HELD_OUT_SCORES))
+        write(path / f"held_out_scores/{arm}-0-{step}.parquet", scores, HELD_OUT_SCORES)
+
+
 def make_items(draw: random.Random, path: Path, arm: str, step: int, task: str) -> pl.DataFrame:
     rows, luck = [], random.Random(task)  # luck: the same questions are hard for every model
     for number in range(QUESTIONS[task]):
@@ -126,8 +150,8 @@ def make_items(draw: random.Random, path: Path, arm: str, step: int, task: str) 
         score = chance if task == "truthfulqa_mc2" else float(chance < 0.3 + 0.02 * step)
         score, correct = min(1.0, max(0.0, score)), None if task == "truthfulqa_mc2" else score
         head = arm, 0, step, KEYS[arm, step], f"h4-lmeval@{task[:4]}", task
-        item_id = f"{subject}/{number}"
-        rows.append((*head, item_id, subject, item_id, correct, score, -12.5, [-12.5, -13.0]))
+        item_id, gold = f"{subject}/{number}", -12.5 + 0.2 * step + draw.gauss(0, 0.3 * step)
+        rows.append((*head, item_id, subject, item_id, correct, score, gold, [gold, -13.0]))
     return write(path / f"items/{arm}-0-{step}-{task}.parquet", pl.DataFrame(rows, ITEMS, orient="row"), ITEMS)
 
 

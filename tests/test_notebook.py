@@ -31,6 +31,7 @@ def test_notebooks_run(path, tmp_path, monkeypatch):
         notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": tmp_path}}
     ).execute()
     report = tmp_path / "runs" / "notebook" / "report.html"
-    shown = notebook["cells"][-1]["outputs"][-1]["data"]["text/html"]
-    assert len(shown) > 10_000
+    last = notebook["cells"][-1]
+    shown = last["outputs"][-1]["data"]["text/html"]
+    assert len(shown) > (10_000 if "Report(" in last["source"] else 500)
     assert not report.exists() or report.stat().st_size < 5_000_000

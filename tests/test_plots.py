@@ -8,8 +8,10 @@ from made_run import make_run
 
 from sdpo_data.run import Run
 from sdpo_data.tables import METRICS, RESULTS
-from sdpo_eval import plots
-from sdpo_eval.evidence import measure_references, read_evidence
+from sdpo_eval import canvas, plots, plots_chain
+from sdpo_eval.evidence import measure_displacement, measure_drift, read_evidence
+from sdpo_eval.published import TABLE_2
+from sdpo_eval.sections import write_sections
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +80,12 @@ def test_tasks_carry_the_chance_they_have(evidence):
 def test_updates_of_the_steps_stand_end_to_end():
     # step 1 has 3 updates: update 2 of step 2 is the arm's fifth
     metrics = pl.concat([metrics_of("loss", step_2=2, step_1=3), metrics_of("grad_norm", step_1=3)])
-    got = [(row["step"], row["update"], row["at"], row["value"]) for row in rows_of(plots.plot_loss(metrics))]
+    got = [(row["step"], row["update"], row["at"], row["value"]) for row in rows_of(plots_chain.plot_loss(metrics))]
     assert got == [(1, 1, 1, 1.1), (1, 2, 2, 1.2), (1, 3, 3, 1.3), (2, 1, 4, 2.1), (2, 2, 5, 2.2)]
 
 
 def test_the_loss_is_drawn_against_log_2_once():
-    spec = plots.plot_loss(metrics_of("loss", step_1=2)).to_dict()
+    spec = plots_chain.plot_loss(metrics_of("loss", step_1=2)).to_dict()
     starts = [encoding["y"]["datum"] for encoding in encodings_of(spec) if "datum" in encoding.get("y", {})]
     assert starts == [math.log(2)] * 2  # the line and its label
     assert all(
@@ -92,12 +94,12 @@ def test_the_loss_is_drawn_against_log_2_once():
 
 
 def test_a_long_training_is_thinned_and_says_so():
-    chart = plots.plot_loss(metrics_of("loss", step_1=3 * plots.MOST_POINTS))
+    chart = plots_chain.plot_loss(metrics_of("loss", step_1=3 * canvas.MOST_POINTS))
     rows = rows_of(chart)
-    assert len(rows) == plots.MOST_POINTS
+    assert len(rows) == canvas.MOST_POINTS
     assert [row["update"] for row in rows[:3]] == [1, 4, 7]  # the first update, at log 2, is always there
     assert "One update in 3 is drawn." in chart.to_dict()["title"]["subtitle"]
-    assert "One update" not in plots.plot_loss(metrics_of("loss", step_1=3)).to_dict()["title"]["subtitle"]
+    assert "One update" not in plots_chain.plot_loss(metrics_of("loss", step_1=3)).to_dict()["title"]["subtitle"]
 
 
 def test_margin_curves_by_hand(scores):
@@ -126,31 +128,89 @@ def test_length_confound_by_hand_and_sampled(scores):
     chart = plots.plot_length_confound(scores, partition)
     assert {row["pair_id"]: row["tokens"] for row in rows_of(chart)} == {"a": 2, "b": 1, "c": -1, "d": 7, "e": -3}
     assert "mine" in chart.to_dict()["encoding"]["y"]["title"]
-    many = pl.concat([scores.with_columns(pair_id=pl.col("pair_id") + str(i)) for i in range(plots.MOST_POINTS // 4)])
+    many = pl.concat([scores.with_columns(pair_id=pl.col("pair_id") + str(i)) for i in range(canvas.MOST_POINTS // 4)])
     parts = many.select("pair_id", "source", difficulty=pl.lit(1.0), **mine)
     sampled = plots.plot_length_confound(many, parts)
-    assert len(rows_of(sampled)) == plots.MOST_POINTS
+    assert len(rows_of(sampled)) == canvas.MOST_POINTS
     assert "2,000 of 2,500 pairs" in sampled.to_dict()["title"]["subtitle"]
 
 
 def test_every_figure_has_title_units_tooltip_and_more_than_colour(evidence):
-    figures = [
-        plots.plot_h4(evidence.results),
-        plots.plot_tasks(evidence.results, {}, {}),
-        plots.plot_reference_margins(measure_references(evidence)),
-        plots.plot_margin_curves(evidence.scores, evidence.partition),
-        plots.plot_length_confound(evidence.scores, evidence.partition),
-        plots.plot_loss(evidence.metrics),
-        plots.plot_reward_margins(evidence.metrics),
-    ]
-    assert len(figures) == sum(name.startswith("plot_") for name in vars(plots))
-    for figure in figures:
-        spec = figure.to_dict()
+    drawings = [block for section in write_sections(evidence) for block in section.blocks if block.kind == "drawing"]
+    drawn = [name for module in (plots, plots_chain) for name in vars(module) if name.startswith("plot_")]
+    assert sorted(f"plot_{drawing.name}" for drawing in drawings) == sorted(drawn)
+    for drawing in drawings:
+        spec = drawing.draw().to_dict()  # validates it
         assert spec["title"]["text"]
         assert spec["title"]["subtitle"]
         encodings = encodings_of(spec)
-        assert any("tooltip" in encoding for encoding in encodings)
+        assert any("tooltip" in encoding for encoding in encodings), drawing.name
         for encoding in encodings:
-            assert "color" not in encoding or {"shape", "strokeDash"} & set(encoding)
-        titles = [encoding["y"].get("title") for encoding in encodings if encoding.get("y", {}).get("field")]
-        assert any(titles)
+            if "color" in encoding and drawing.name != "definitions":  # whose squares have numbers written on them
+                assert {"shape", "strokeDash"} & set(encoding), drawing.name
+        axes = [encoding.get(axis, {}) for encoding in encodings for axis in "xy"]
+        assert drawing.name == "definitions" or any(axis.get("field") and axis.get("title") for axis in axes), (
+            drawing.name
+        )
+
+
+def test_h4_title_says_where_every_arm_ends():
+    # seeds 41 and 43 of a end at 42 in the mean; b at 39; both begin at 40
+    rows = ("base", 0, 0, 40.0, 2.0), ("a", 0, 1, 41.0, None), ("a", 1, 1, 43.0, None), ("b", 0, 1, 39.0, 1.0)
+    title = plots.plot_h4(results_of(*rows), 29.96).to_dict()["title"]
+    assert title["text"] == "H4 ends at 42.0 for a, 39.0 for b, from 40.0 before step 1"
+    assert "guessing" in title["subtitle"]
+
+
+def test_models_stand_among_the_papers(evidence):
+    models = pl.DataFrame({"model": ["mine"], "of": ["this run"], "h4": [50.0], "stderr": [1.0]})
+    paper = TABLE_2.select("model", pl.lit("the paper").alias("of"), "h4", stderr=pl.lit(None, pl.Float64))
+    rows = rows_of(plots.plot_paper_scale(pl.concat([models, paper])))
+    assert len(rows) == 17
+    assert rows[0]["low"] == pytest.approx(48.04, abs=0.001)  # 50 - 1.96
+    tasks = ["arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2"]
+    means = TABLE_2.with_columns(mean=pl.mean_horizontal(tasks))
+    off = means.filter((pl.col("mean") - pl.col("h4")).abs() > 0.0051)["model"].to_list()
+    assert off == ["SOLAR-0-70B-16bit"]  # as printed: 72.93, its parts give 72.95
+
+
+def test_difficulties_by_source_and_step_by_hand():
+    # 0, 1, 2, 3, 4: quantiles at 0.05 * 4 = 0.2, 1, 2, 3, 3.8
+    part = pl.DataFrame({"source": "s", "step": 1, "difficulty": [4.0, 0.0, 3.0, 1.0, 2.0], "definition": "mine"})
+    row = rows_of(plots.plot_difficulties(part, "nats"))[0]
+    assert [row[name] for name in ("q05", "q25", "median", "q75", "q95", "pairs")] == [0.2, 1.0, 2.0, 3.0, 3.8, 5]
+
+
+def test_definitions_agree_with_themselves_and_a_missing_number_leaves_a_gap():
+    table = pl.DataFrame({"definition": ["a", "b"], "length_rho": [0.5, None], "a": [1.0, -0.25], "b": [-0.25, 1.0],
+                          "tau_pairs": [9, 9]})  # fmt: skip
+    rows = {(row["definition"], row["against"]): row["said"] for row in rows_of(plots.plot_definitions(table))}
+    assert rows == {
+        ("a", "a"): "+1.00", ("b", "b"): "+1.00", ("a", "b"): "−0.25", ("b", "a"): "−0.25",
+        ("a", "how much longer chosen is"): "+0.50",
+    }  # fmt: skip
+
+
+def test_displacement_by_hand(scores):
+    # step 1 takes 1 nat from every chosen answer and 3 from every rejected one; five prompts, no spread
+    held = scores.with_columns(arm=pl.lit("base"), seed=pl.lit(0, pl.Int64), step=pl.lit(0, pl.Int64))
+    later = held.with_columns(
+        arm=pl.lit("a"), step=pl.lit(1, pl.Int64), chosen_logp=pl.col("chosen_logp") - 1,
+        rejected_logp=pl.col("rejected_logp") - 3,
+    )  # fmt: skip
+    moved = measure_displacement(pl.concat([held, later]))
+    assert moved.select("arm", "step", "answer", "mean", "n").rows() == [
+        ("a", 1, "chosen", -1.0, 5), ("a", 1, "rejected", -3.0, 5),
+    ]  # fmt: skip
+    assert measure_displacement(later).is_empty()  # no base model, nothing to be set against
+
+
+def test_drift_by_hand(evidence):
+    # sdpo's step 2 sees chosen answers 4 nats likelier: margins from -4 up to 0 turn right, none wrong
+    row = measure_drift(evidence).row(0, named=True)
+    own = evidence.scores.join(evidence.partition.filter(step=2), on="pair_id")
+    margins = own.select(pl.col("chosen_logp") - pl.col("rejected_logp")).to_series()
+    assert (row["arm"], row["step"], row["pairs"]) == ("sdpo", 2, 80)
+    assert row["got_right"] == margins.is_between(-4, 0, closed="right").sum()
+    assert row["got_wrong"] == 0
+    assert measure_drift(evidence).height == 1  # both first steps refer to the base model itself

@@ -12,17 +12,25 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+import ruamel.yaml
 from made_run import KEYS, make_run, write
 from markdown_it import MarkdownIt
 
 import sdpo_eval
-from sdpo_data.tables import PAIRS, RESULTS, SCORES, STEPS, SdpoError
+from sdpo_data.run import Run
+from sdpo_data.tables import ITEMS, METRICS, PAIRS, RESULTS, SCORES, STEPS, SdpoError
 from sdpo_eval.blocks import Estimate, write_number
-from sdpo_eval.evidence import comparable_results, read_evidence, summarise_margins
+from sdpo_eval.contrasts import Side
+from sdpo_eval.detail import find_changes
+from sdpo_eval.evidence import comparable_results, last_metrics, read_evidence, summarise_margins
+from sdpo_eval.hub import write_model_index
 from sdpo_eval.render import LONGEST_ANSWER, visible
-from sdpo_eval.report import Report, main
+from sdpo_eval.report import Report, is_current, main
+from sdpo_eval.sections import _floor, list_commands
 
-FIGURES = {"h4", "tasks", "reference_margins", "loss", "reward_margins", "margin_curves", "length_confound"}
+OF_PAIRS = {"difficulties", "margin_curves", "length_confound", "definitions"}
+OF_TRAINING = {"loss", "reward_margins", "reference_margins", "weights", "held_out", "displacement"}
+FIGURES = {"h4", "tasks", "paper_scale", "items"} | OF_PAIRS | OF_TRAINING
 HOSTILE = (
     "</script><script>document.documentElement.dataset.hacked = 1</script>"
     '<img src=x onerror="document.documentElement.dataset.hacked = 1"> {{ 7*7 }} {% raw %} | a ``` b _c_ **d**'
@@ -54,11 +62,14 @@ def own_run(run, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def hostile_run(tmp_path_factory) -> Path:
-    """A run whose pairs, sources, reasons and settings attack the page."""
-    path = make_run(tmp_path_factory.mktemp("hostile") / "run")
+    return attack(make_run(tmp_path_factory.mktemp("hostile") / "run"))
+
+
+def attack(path: Path) -> Path:
+    """Let a run's pairs, sources, reasons, questions and settings attack the page."""
     pairs, partition = pl.read_parquet(path / "pairs.parquet"), pl.read_parquet(path / "partition.parquet")
     edges = partition.sort("difficulty")["pair_id"]
-    attack = pl.when(pl.col("pair_id").is_in(edges.gather([0, -1]).to_list()))
+    hit = pl.when(pl.col("pair_id").is_in(edges.gather([0, -1]).to_list()))
     texts = {
         "prompt": HOSTILE,
         "chosen": MEGABYTES,
@@ -66,15 +77,18 @@ def hostile_run(tmp_path_factory) -> Path:
         "source": HOSTILE,
         "format": "text",
     }
-    pairs = pairs.with_columns(**{name: attack.then(pl.lit(text)).otherwise(name) for name, text in texts.items()})
+    pairs = pairs.with_columns(**{name: hit.then(pl.lit(text)).otherwise(name) for name, text in texts.items()})
     write(path / "pairs.parquet", pairs, PAIRS)
     for name in ("scores", "partition"):
         table = pl.read_parquet(path / f"{name}.parquet")
-        table.with_columns(source=attack.then(pl.lit(HOSTILE + MEGABYTES)).otherwise("source")).write_parquet(
+        table.with_columns(source=hit.then(pl.lit(HOSTILE + MEGABYTES)).otherwise("source")).write_parquet(
             path / f"{name}.parquet"
         )
     dropped = pl.read_parquet(path / "dropped.parquet")
     dropped.with_columns(reason=pl.lit(HOSTILE), source=pl.lit(MEGABYTES)).write_parquet(path / "dropped.parquet")
+    items = pl.read_parquet(path / "items/sdpo-0-2-hellaswag.parquet")
+    documents = items.select("protocol", "task", "item_id", text=pl.lit(HOSTILE + MEGABYTES))
+    documents.write_parquet(path / "documents.parquet")
     lineage = json.loads((path / "lineage.json").read_text())
     lineage["pairs"] |= {"host": HOSTILE, "recipe": {"limit": 36, "source": [HOSTILE]}}
     (path / "lineage.json").write_text(json.dumps(lineage))
@@ -91,8 +105,8 @@ def test_the_whole_report_is_written_and_small(own_run):
     assert page == own_run / "report.html"
     content = page.read_text("utf-8")
     assert set(re.findall(r'<figure id="figure-(\w+)">', content)) == FIGURES
-    sections = ["verdict", "h4", "changes", "held_out", "reference", "training", "parts", "data", "cost", "reproduce"]
-    assert re.findall(r'<section id="(\w+)">', content) == sections
+    sections = ["verdict", "h4", "difficulty", "chain", "data", "cost", "reproduce"]
+    assert re.findall(r'<section id="(\w+)"', content) == sections
     assert re.findall(r'<a href="#(\w+)">', content) == sections
     assert len(content) < 5e6
     assert not list(own_run.glob(".*.tmp"))
@@ -104,9 +118,9 @@ def test_numbers_in_json_are_those_of_the_tables(run):
     value, stderr, n = results.filter(arm="sdpo", step=2, task="h4").select("value", "stderr", "n").row(0)
     assert row["model"] == "sdpo step 2"
     assert row["H4"] == {"value": value, "stderr": stderr, "n": n}
-    losses = [row["first_loss"] for row in report["tables"]["training"]["hand_off"]["rows"]]
+    losses = [row["first_loss"] for row in report["tables"]["chain"]["hand_off"]["rows"]]
     assert losses == pytest.approx([math.log(2)] * 3)
-    assert report["tables"]["parts"]["sizes"]["rows"][0]["pairs"] == 80
+    assert report["tables"]["difficulty"]["sizes"]["rows"][0]["pairs"] == 80
     assert report["tables"]["data"]["dropped"]["rows"][0] == {
         "stage": "pairs", "source": "alpaca-eval", "reason": "tie", "rows": 31,
     }  # fmt: skip
@@ -162,7 +176,7 @@ def test_verdict_on_a_difference_by_its_interval(own_run):
         model = {"arm": pl.lit(arm), "step": pl.lit(step, pl.Int64), "model_key": pl.lit(KEYS[arm, step])}
         scores = pl.Series([0.5 + change[i % 2] for i in range(base.height)])
         base.with_columns(**model, score=scores).write_parquet(own_run / f"items/{arm}-0-{step}-hellaswag.parquet")
-    rows = json.loads(Report(own_run).json())["tables"]["h4"]["contrasts"]["rows"]
+    rows = json.loads(Report(own_run).json())["tables"]["h4"]["task_contrasts"]["rows"]
     told = {(row["contrast"], row["task"]): row for row in rows}
     assert told["sdpo step 2 − base", "HellaSwag"]["difference"]["value"] == pytest.approx(20)
     assert told["sdpo step 2 − base", "HellaSwag"]["verdict"] == "better"
@@ -194,12 +208,129 @@ def said(run: Path) -> str:
     return " ".join(prose["text"] for prose in json.loads(Report(run).json())["prose"])
 
 
+def test_the_verdict_begins_with_two_sentences_the_first_on_the_primary_contrast(run):
+    leads = [prose["text"] for prose in json.loads(Report(run).json())["prose"] if prose["lead"]]
+    number, interval = r"[+−]\d+\.\d", r"\[[+−]\d+\.\d, [+−]\d+\.\d\]"
+    verdict = rf"{number} {interval} H4, (better|worse|not distinguishable)( once adjusted [a-z ]+,)? at n = 285"
+    assert len(leads) == 2
+    assert re.fullmatch(rf"sdpo step 2 against dpo step 1: {verdict}\.", leads[0])
+    assert re.fullmatch(rf"sdpo step 2 against base: {verdict}; dpo step 1 against base: {verdict}\.", leads[1])
+
+
+def test_how_to_reproduce_names_every_stage_in_an_order_that_runs(own_run):
+    lineage = json.loads((own_run / "lineage.json").read_text())
+    for stage in ("fix", "contamination", "documents", "held_out_scores/base-0-0", "adaptive/sdpo"):
+        lineage[stage] = lineage["pairs"]
+    (own_run / "lineage.json").write_text(json.dumps(lineage))
+    listed = [line.split(" ", 2)[2].replace(str(own_run), "RUN") for line in list_commands(read_evidence(Run(own_run)))]
+    assert listed == [
+        "sdpo_data.pairs RUN", "sdpo_data.pairs RUN --fix", "sdpo_eval RUN --documents",
+        "sdpo_data.decontaminate RUN", "sdpo_data.partition RUN", "sdpo_train RUN", "sdpo_eval.held_out RUN",
+        "sdpo_eval RUN", "sdpo_eval.report RUN",
+    ]  # fmt: skip
+    assert "commands that this list does not know: adaptive" in said(own_run)
+    for stage in ("fix", "contamination", "documents", "held_out_scores/base-0-0", "adaptive/sdpo"):
+        del lineage[stage]
+    (own_run / "lineage.json").write_text(json.dumps(lineage))
+    assert "sdpo_data.pairs" not in " ".join(list_commands(read_evidence(Run(own_run))))  # partition makes them
+
+
+def test_what_a_pass_costs_by_hand(scores):
+    # prompts 7 + 8 + 9 + 10 + 11 = 45, answers 6 + 7 + 5 + 17 + 5 = 40: apart 2 * 45 + 40 = 130, together 85;
+    # with a and b asking the same (8 tokens at most): 85 - 7 = 78, of which 130 is 1.67 times
+    both = scores.with_columns(prompt_id=pl.when(pl.col("pair_id") == "a").then(pl.lit("q2")).otherwise("prompt_id"))
+    rows = next(_floor(both)).rows
+    assert [(row["tokens"], str(row["times_the_floor"])) for row in rows] == [(130, "1.67"), (85, "1.09"), (78, "1.00")]
+
+
+def test_what_training_logged_is_told_with_its_standard_error(run):
+    tables = json.loads(Report(run).json())["tables"]["chain"]
+    rows = {(row["arm"], row["step"]): row for row in tables["diagnostics"]["rows"]}
+    assert rows["sdpo", 2]["margin_ref_after"] == {"value": -1.0, "stderr": 1.5, "n": None}  # -3 + step
+    assert rows["sdpo", 2]["margin_ref_before"] == {"value": -7.0, "stderr": None, "n": None}
+    told = tables["logged_forgetting"]["rows"][2]
+    assert (told["arm"], told["step"], told["what"]) == ("sdpo", 2, "part_1/margin_change")
+    assert told["value"]["value"] == 0.5
+
+
+def test_the_last_value_of_a_metric_counts():
+    rows = [("a", 0, 1, 0, "weight/0.5-0.6", 1.0), ("a", 0, 1, 4, "weight/0.5-0.6", 0.25)]
+    rows += [("a", 0, 1, 4, "x/stderr", 0.1), ("a", 0, 1, 4, "x", 2.0)]
+    lasts = last_metrics(pl.DataFrame(rows, METRICS, orient="row"))
+    assert lasts.select("name", "value", "stderr").rows() == [("weight/0.5-0.6", 0.25, None), ("x", 2.0, 0.1)]
+
+
+def test_what_became_of_each_question_by_hand():
+    def side(arm, *answers):
+        rows = [
+            (arm, 0, 1, arm, "p@1", "mmlu", f"q{n}", "s", right, 0.5, gold, [gold])
+            for n, (right, gold) in enumerate(answers)
+        ]
+        return Side(arm, arm, pl.DataFrame(rows, ITEMS, orient="row"))
+
+    one = side("one", (1.0, -1.0), (0.0, -2.0), (1.0, -3.0), (0.0, -4.0), (None, -5.0), (1.0, None))
+    two = side("two", (0.0, -3.0), (1.0, -2.5), (1.0, -2.0), (0.0, -4.25), (None, -7.0), (1.0, -1.0))
+    documents = pl.DataFrame({"protocol": ["p@1"], "task": ["mmlu"], "item_id": ["q0"], "text": ["Why?"]})
+    assert find_changes(one, two, documents).select("question", "outcome", "change").rows() == [
+        ("Why?", "became right", 2.0), ("q1", "became wrong", 0.5), ("q2", "right in both", -1.0),
+        ("q3", "wrong in both", 0.25), ("q4", "no one right answer", 2.0),
+    ]  # fmt: skip
+
+
+def test_contamination_is_told_or_its_command_named(own_run):
+    tables = json.loads(Report(own_run).json())["tables"]["data"]
+    assert [(row["task"], row["rule"], row["pairs"], row["items"]) for row in tables["contamination"]["rows"]] == [
+        ("TruthfulQA", "8-gram", 1, 1), ("TruthfulQA", "question", 1, 1),
+    ]  # fmt: skip
+    (own_run / "contamination.parquet").unlink()
+    commands = [missing["command"] for missing in json.loads(Report(own_run).json())["missing"]]
+    assert f"python -m sdpo_data.decontaminate {own_run}" in commands
+
+
+def test_model_index_is_what_the_hub_reads(run):
+    from huggingface_hub.repocard_data import model_index_to_eval_results
+
+    index = ruamel.yaml.YAML(typ="safe").load(Report(run).model_index())["model-index"]
+    assert [entry["name"] for entry in index] == ["run sdpo seed 0 step 2", "run dpo seed 0 step 1"]
+    found = {result.dataset_type: result for result in model_index_to_eval_results(index[:1])[1]}
+    results = pl.read_parquet(run / "results.parquet").filter(arm="sdpo", step=2)
+    value, stderr = results.filter(task="mmlu").select("value", "stderr").row(0)
+    assert found["cais/mmlu"].metric_value == round(value, 2)
+    assert found["cais/mmlu"].metric_args["stderr"] == round(stderr, 2)
+    assert found["cais/mmlu"].metric_args["questions"] == 95
+    assert "h4" in found
+    empty = write_model_index(RESULTS.to_frame(), "none")
+    assert empty == "model-index: []\n"
+
+
+def test_two_runs_make_one_report_that_sets_the_first_against_the_second(own_run, tmp_path):
+    other = make_run(tmp_path / "other", seed=1)
+    (other / "config.yaml").write_text("model: embedded:smollm2-135m\npartition:\n  parts: 3\n")
+    report = Report(own_run, other)
+    told = json.loads(report.json())
+    lead = next(prose["text"] for prose in told["prose"] if prose["lead"])
+    assert lead.startswith("run: sdpo step 2 against other: sdpo step 2: ")
+    scores = {row["model"]: row for row in told["tables"]["h4"]["scores"]["rows"]}
+    models = ("sdpo step 1", "sdpo step 2", "dpo step 1")
+    assert set(scores) == {"base", "guessing", *(f"{name}: {model}" for name in ("run", "other") for model in models)}
+    for name, path in (("run", own_run), ("other", other)):
+        h4 = pl.read_parquet(path / "results.parquet").filter(arm="sdpo", step=2, task="h4")["value"][0]
+        assert scores[f"{name}: sdpo step 2"]["H4"]["value"] == h4
+    assert told["tables"]["differences"]["settings"]["rows"] == [
+        {"setting": "partition.parts", "run": "2", "other": "3"}
+    ]
+    assert report.save() == own_run / "comparison.html"
+    assert is_current(Run(own_run), Run(other))
+    pl.read_parquet(other / "results.parquet").head(3).write_parquet(other / "results.parquet")
+    assert not is_current(Run(own_run), Run(other))
+
+
 # --- what is not there ----------------------------------------------------------------------
 
 LADDER = [
-    (["results.parquet", "items"], "python -m sdpo_eval {run}", FIGURES - {"h4", "tasks"}),
-    (["arms"], "python -m sdpo_train {run}", {"margin_curves", "length_confound"}),
-    (["scores.parquet"], None, set()),
+    (["results.parquet", "items"], "python -m sdpo_eval {run}", FIGURES - {"h4", "tasks", "paper_scale", "items"}),
+    (["arms", "held_out_scores"], "python -m sdpo_train {run}", OF_PAIRS),
+    (["scores.parquet"], None, {"difficulties"}),
     (["partition.parquet"], "python -m sdpo_data.partition {run}", set()),
     (["pairs.parquet", "held_out.parquet", "dropped.parquet"], "python -m sdpo_data.pairs {run}", set()),
     (["config.yaml", "lineage.json"], "python -m sdpo_data.pairs {run}", set()),
@@ -303,9 +434,10 @@ def test_the_command_prints_the_scores(own_run, capsys, monkeypatch):
 
 
 def test_report_and_plots_need_no_torch(run):
-    code = "import sys; sys.modules.update(dict.fromkeys(['torch', 'lm_eval', 'trl', 'transformers'])); "
-    code += "import sdpo_eval; sdpo_eval.Report(sys.argv[1]).markdown(); "
-    code += "from sdpo_data.tables import METRICS; sdpo_eval.plots.plot_loss(METRICS.to_frame()).to_dict()"
+    code = "import sys, scipy.stats; "  # scipy looks for torch among the modules, and takes a None there for it
+    code += "sys.modules.update(dict.fromkeys(['torch', 'lm_eval', 'trl', 'transformers'])); "
+    code += "import sdpo_eval; sdpo_eval.Report(sys.argv[1]).markdown(); from sdpo_data.tables import METRICS; "
+    code += "sdpo_eval.plots_chain.plot_loss(METRICS.to_frame()).to_dict()"
     subprocess.run([sys.executable, "-c", code, str(run)], check=True)
 
 
@@ -431,32 +563,3 @@ def test_the_page_asks_for_nothing_outside_itself(page):
     outside = re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
     assert len(re.findall("<script>", page)) == 1
     assert not re.search(r"https?://|@import|url\(|src=|<link", outside)
-
-
-# --- in the browser -------------------------------------------------------------------------
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--enable-logging=stderr",
-    "--virtual-time-budget=20000", "--dump-dom",
-]  # fmt: skip
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="no chromium binary on the path")
-@pytest.mark.real
-def test_chromium_draws_every_figure_of_a_hostile_run_without_error(hostile_page, tmp_path):
-    file = tmp_path / "report.html"
-    file.write_text(hostile_page, "utf-8")
-    command = [str(CHROMIUM), *FLAGS, f"--user-data-dir={tmp_path / 'profile'}", file.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-    root = re.search(r"<html[^>]*>", done.stdout)[0]
-    assert 'data-ready="yes"' in root
-    assert "data-errors" not in root  # script errors, refused requests, figures that failed
-    assert "data-hacked" not in root
-    assert "CONSOLE" not in done.stderr
-    figures = dict(re.findall(r'<figure id="figure-(\w+)" data-drawn="yes">(.*?)</figure>', done.stdout, re.DOTALL))
-    assert set(figures) == FIGURES
-    for name, figure in figures.items():
-        assert len(re.findall(r"<path[^>]* d=", figure)) > 3, name
-        assert re.search(r'<svg[^>]* width="[1-9]\d\d', figure), name

@@ -18,7 +18,10 @@
       spec.width = width - 4;
       spec.autosize = { type: "fit-x", contains: "padding" };
     }
+    const narrow = width < 560;
+    if (narrow) spec.config.legend = { ...spec.config.legend, direction: "vertical", orient: "bottom", titleOrient: "top" };
     return JSON.parse(JSON.stringify(spec), (key, value) =>
+      key === "labelLimit" && narrow ? Math.min(value, 120) :
       key === "scheme" && value.name === "viridis" ? { name: "viridis", extent: dark.matches ? [0.2, 1] : [0, 0.9] } : value);
   }
 
@@ -52,9 +55,36 @@
   });
   dark.addEventListener("change", drawAll);
 
+  // A click on a head sorts by it, a second one turns the order round; numbers by value, what is none last.
+  function sortable(table) {
+    const body = table.tBodies[0];
+    if (body.rows.length < 2) return;
+    [...table.tHead.rows[0].cells].forEach((head, at) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.append(...head.childNodes);
+      head.append(button);
+      button.addEventListener("click", () => {
+        const down = head.getAttribute("aria-sort") === "ascending";
+        [...table.tHead.rows[0].cells].forEach((other) => other.removeAttribute("aria-sort"));
+        head.setAttribute("aria-sort", down ? "descending" : "ascending");
+        const key = (row) => row.cells[at].dataset.v ?? row.cells[at].textContent;
+        const numeric = head.classList.contains("number");
+        const sorted = [...body.rows].sort((one, two) => {
+          const [a, b] = [key(one), key(two)];
+          if (numeric && (a === "" || b === "")) return (a === "") - (b === "");
+          const order = numeric ? a - b : a.localeCompare(b, "en", { numeric: true });
+          return down ? -order : order;
+        });
+        body.append(...sorted);
+      });
+    });
+  }
+  document.querySelectorAll("table").forEach(sortable);
+
   let shut = [];
   addEventListener("beforeprint", () => {
-    shut = [...document.querySelectorAll("main > section > details:not([open])")];
+    shut = [...document.querySelectorAll("main details:not([open])")];
     shut.forEach((part) => { part.open = true; });
   });
   addEventListener("afterprint", () => shut.forEach((part) => { part.open = false; }));

@@ -1,0 +1,108 @@
+# ---
+# jupyter:
+#   jupytext:
+#     formats: ipynb,py:percent
+#   kernelspec:
+#     display_name: Python 3
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # Your own pairs, your own model
+#
+# Pairs come as they are: a file in almost any form that trainers read, with columns by whatever names. A model is a
+# folder that transformers loads, a hub id, or one already in memory. This page writes a small file and goes from there
+# to a report. Ten pairs **decide nothing**; replace two lines, and the rest stays as it is.
+
+# %%
+import json
+from pathlib import Path
+
+import polars as pl
+
+import sdpo_data as data
+import sdpo_eval as evals
+import sdpo_train as train
+from sdpo_data.assets import model_folder
+
+Path("runs").mkdir(exist_ok=True)
+
+# %% [markdown]
+# ## A file of pairs
+# The columns have names of their own, one pair stands there twice, one answer is empty, and one pair has two equal
+# answers: as files are.
+
+# %%
+rows = [
+    ("geography", "What is the capital of France?", "Paris.", "I would rather not say."),
+    ("geography", "Which ocean lies between Africa and Australia?", "The Indian Ocean.", "The Atlantic Ocean, I think."),
+    ("geography", "Name a river in Egypt.", "The Nile.", "The Amazon."),
+    ("geography", "Is Iceland an island?", "Yes, it is an island in the North Atlantic.", "No."),
+    ("cooking", "How long do I boil an egg so that the yolk is hard?", "About ten minutes.", "One minute is enough."),
+    ("cooking", "What makes bread rise?", "Yeast, which gives off carbon dioxide.", "Salt makes the bread rise."),
+    ("cooking", "Can I freeze cooked rice?", "Yes. Let it cool quickly first, and use it within a month.", "Rice? No!"),
+    ("cooking", "What is in a vinaigrette?", "Oil, vinegar, salt, and often mustard.", "Mostly flour."),
+    ("cooking", "How do I sharpen a knife?", "Draw it over a whetstone at an angle of about 20 degrees.", "With a fork."),
+    ("geography", "What is the capital of France?", "Paris.", "I would rather not say."),
+    ("cooking", "Is raw flour safe to eat?", "", "Yes."),
+    ("geography", "Where is Lake Titicaca?", "In the Andes.", "In the Andes."),
+]
+names = ("topic", "question", "good", "bad")
+file = Path("runs/my_pairs.jsonl")
+file.write_text("".join(json.dumps(dict(zip(names, row))) + "\n" for row in rows))
+
+# %% [markdown]
+# ## Read them
+# `columns` says what stands where. What cannot be used is dropped with a reason and counted, never in silence; from the
+# command line the dropped rows are kept in `dropped.parquet`.
+
+# %%
+columns = {"prompt": "question", "chosen": "good", "rejected": "bad", "source": "topic"}
+pairs = data.read_pairs(file, data.PairsConfig(columns=columns))
+print(len(rows), "rows,", pairs.height, "pairs")
+pairs.select("source", "prompt", "chosen", "rejected").head(3)
+
+# %% [markdown]
+# ## Ask the doctor
+# What is wrong with pairs is best known before they are trained on: doubled special tokens, answers that differ only in
+# blanks, labels that contradict each other, answers cut off, and whether the chosen answer is simply the longer one.
+
+# %%
+MODEL = model_folder("embedded:smollm2-135m")  # a folder with config.json, weights and tokenizer: put yours here
+data.check_pairs(pairs, MODEL, max_length=256)
+
+# %% [markdown]
+# ## Measure, with a difficulty of your own
+# Any SQL over the columns of the scores is a definition, higher is harder. Here: how unsure the model is, per token of
+# the prompt.
+
+# %%
+scores = data.score_pairs(pairs, MODEL, data.ScoreConfig(max_length=256))
+mine = "-abs(chosen_logp / chosen_tokens - rejected_logp / rejected_tokens)"
+part = data.partition_pairs(scores, data.PartitionConfig(parts=2, difficulty=mine))
+part.join(pairs.select("pair_id", "prompt"), on="pair_id").sort("difficulty").select("step", "source", "difficulty", "prompt")
+
+# %% [markdown]
+# ## Train and report
+# `run_sdpo` saves its inputs in the run folder, so the report finds them. Evaluating on H4 is
+# `evals.evaluate(steps, evals.EvalConfig(budget="tiny"), out=RUN)`; it is left out here because it takes minutes, and
+# the report says that it is missing and how to add it.
+
+# %%
+RUN = Path("runs/notebook")
+settings = train.TrainConfig(lora_rank=8, learning_rate=1e-4, batch_pairs=3, warmup=0.0, max_length=256)
+steps = train.run_sdpo(pairs, part, model=MODEL, out=RUN, scores=scores, config=settings)
+steps.select("step", "pairs", "updates", "first_loss", "last_loss", "model")
+
+# %% [markdown]
+# The model of the last step is a folder that transformers loads like any other:
+
+# %%
+from transformers import AutoModelForCausalLM
+
+aligned = AutoModelForCausalLM.from_pretrained(steps["model"][-1])
+f"{sum(weight.numel() for weight in aligned.parameters()):,} weights"
+
+# %%
+evals.Report(RUN)

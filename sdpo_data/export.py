@@ -37,6 +37,8 @@ COLUMNS = ("pair_id", "source", "step", "rank", "format", *SIDES)
 class ExportConfig(Settings):
     to: list[Target] = pydantic.Field(["trl", "datasets"], min_length=1)
     """Trainers to write configs for; datasets: a folder per step for datasets.load_from_disk."""
+    device_pairs: int = pydantic.Field(2, ge=1)
+    """Pairs per forward pass in those configs; must divide train.batch_pairs."""
 
 
 def export_steps(
@@ -85,7 +87,7 @@ def main() -> None:
     call = read_command("python -m sdpo_data.export", __doc__, "export", {"export": ExportConfig})
     config = call.settings["export"]
     assert isinstance(config, ExportConfig)
-    training = read_section(call.run, "train", TrainerSettings)
+    training = read_section(call.run, "train", TrainerSettings).model_copy(update={"device_pairs": config.device_pairs})
     recipe = {"model": call.model, **config.model_dump(), "train": training.model_dump()}
     with call.run.stage("export", recipe, ["pairs", "partition"], force=call.force) as stage:
         if stage.current:
@@ -150,7 +152,7 @@ def _refuse(name: str, step: int, rows: Sequence[Row], training: TrainerSettings
         )
     if training.batch_pairs % training.device_pairs:
         raise SdpoError(
-            f"train.batch_pairs {training.batch_pairs} is not a multiple of train.device_pairs {training.device_pairs}."
+            f"train.batch_pairs {training.batch_pairs} is not a multiple of export.device_pairs {training.device_pairs}."
         )
 
 

@@ -26,7 +26,7 @@ class TrainerSettings(Settings):
     """Strength of the pull towards the reference."""
     learning_rate: float = pydantic.Field(5e-7, gt=0)
     """Peak learning rate."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning-rate schedule, anew in every step."""
     warmup: float = pydantic.Field(0.1, ge=0, lt=1)
     """Share of a step's updates over which the learning rate rises."""
@@ -35,7 +35,7 @@ class TrainerSettings(Settings):
     batch_pairs: int = pydantic.Field(32, ge=1)
     """Pairs per optimiser update, on one device."""
     device_pairs: int = pydantic.Field(2, ge=1)
-    """Pairs per forward pass."""
+    """Pairs per forward pass: export.device_pairs, as ours are cut by tokens."""
     lora_rank: int = pydantic.Field(0, ge=0)
     """Rank of LoRA adapters, merged after every step; 0 trains all weights."""
     max_length: int = pydantic.Field(1024, ge=2)
@@ -105,7 +105,7 @@ def _trl_yaml(job: Job) -> Files:
         ("output_dir", job.trained, ""),
         ("beta", config.beta, ""),
         ("learning_rate", config.learning_rate, ""),
-        ("lr_scheduler_type", config.schedule, ""),
+        ("lr_scheduler_type", config.lr_scheduler_type, ""),
         ("warmup_steps", config.warmup, "below 1 it is a share of the step's updates"),
         ("num_train_epochs", config.epochs, ""),
         ("per_device_train_batch_size", config.device_pairs, ""),
@@ -200,7 +200,7 @@ def _llama_factory_files(job: Job) -> Files:
         ("cutoff_len", config.max_length, "longer prompts and answers are cut, both in proportion"),
         ("output_dir", job.trained, ""),
         ("learning_rate", config.learning_rate, ""),
-        ("lr_scheduler_type", config.schedule, ""),
+        ("lr_scheduler_type", config.lr_scheduler_type, ""),
         ("warmup_ratio", config.warmup, ""),
         ("num_train_epochs", float(config.epochs), ""),
         ("per_device_train_batch_size", config.device_pairs, ""),
@@ -287,7 +287,7 @@ def _axolotl_files(job: Job) -> Files:
         ("sample_packing", False, ""),
         ("output_dir", job.trained, ""),
         ("learning_rate", config.learning_rate, ""),
-        ("lr_scheduler", config.schedule, ""),
+        ("lr_scheduler", config.lr_scheduler_type, ""),
         ("warmup_ratio", config.warmup, ""),
         ("num_epochs", float(config.epochs), ""),
         ("micro_batch_size", config.device_pairs, ""),
@@ -351,7 +351,7 @@ def _openrlhf_files(job: Job) -> Files:
         f"--data.max_len {config.max_length}",
         f"--model.beta {config.beta}",
         f"--adam.lr {config.learning_rate}",
-        f"--lr_scheduler {config.schedule}",
+        f"--lr_scheduler {config.lr_scheduler_type}",
         f"--lr_warmup_ratio {config.warmup}",
         f"--train.max_epochs {config.epochs}",
         f"--train.batch_size {config.batch_pairs}",

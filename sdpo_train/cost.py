@@ -50,7 +50,8 @@ class Shape:
 class Unit:
     """What of a unit of work decides its memory: settings as TrainConfig has them, and its longest row."""
 
-    device_pairs: int
+    row_tokens: int
+    """Tokens of a forward pass at most, where no pair has more: train.token_budget or what suits the device."""
     longest: int
     """Tokens of the longest prompt + answer: at most max_length."""
     lora_rank: int = 0
@@ -243,7 +244,7 @@ def available_memory() -> int:
 def advise(shape: Shape, unit: Unit, available: int) -> str | None:
     """Say which settings to change where a unit does not fit, in the order of what they cost.
 
-    They are taken one upon another until it fits: device_pairs to 1 (costs little), then
+    They are taken one upon another until it fits: token_budget down to one pair (costs little), then
     gradient_checkpointing (a third more time), then lora_rank (another kind of training), then
     max_length (cuts or drops pairs).
 
@@ -271,8 +272,8 @@ def advise(shape: Shape, unit: Unit, available: int) -> str | None:
 
 
 def _activations(shape: Shape, unit: Unit) -> int:
-    """Bytes kept for the backward pass, by chosen and rejected rows padded to the longest."""
-    tokens = 2 * unit.device_pairs * unit.longest
+    """Bytes kept for the backward pass of the largest forward pass: the longest pair, if its answers share nothing."""
+    tokens = max(unit.row_tokens, 2 * unit.longest)
     width = WIDTH[unit.dtype]
     layer = KEPT_OF_HIDDEN[unit.dtype] * shape.hidden + 4 * width * shape.inner + width * unit.longest  # its mask
     if unit.gradient_checkpointing:
@@ -287,9 +288,9 @@ def _is_in_a_layer(name: str) -> bool:
 
 def _savings(unit: Unit) -> Iterator[tuple[str, str, Unit]]:
     """Give the settings that save memory with the values to try, each upon the one before it."""
-    if unit.device_pairs > 1:
-        unit = replace(unit, device_pairs=1)
-        yield "device_pairs", "1", unit
+    if unit.row_tokens > 2 * unit.longest:
+        unit = replace(unit, row_tokens=2 * unit.longest)
+        yield "token_budget", str(unit.row_tokens), unit
     if not unit.gradient_checkpointing:
         unit = replace(unit, gradient_checkpointing=True)
         yield "gradient_checkpointing", "true", unit

@@ -14,7 +14,7 @@ from sdpo_train import cost
 from sdpo_train.cost import Shape, Unit, advise, estimate_duration, estimate_memory, read_shape
 
 SHAPE = Shape(parameters=1000, matrices=((10, 20), (30, 10)), layers=2, hidden=8, inner=16)
-UNIT = Unit(device_pairs=1, longest=5)
+UNIT = Unit(row_tokens=1, longest=5)
 
 
 def test_the_shape_of_a_model_is_read_without_its_weights(tiny_model):
@@ -82,7 +82,7 @@ def test_what_a_layer_keeps_is_what_torch_keeps():
             model.model(input_ids=torch.ones_like(mask), attention_mask=mask)
         found.append(sum(storage.nbytes() for storage in kept.values()))
     shape = Shape(parameters=0, matrices=(), layers=1, hidden=128, inner=256)
-    expected = estimate_memory(shape, Unit(device_pairs=rows // 2, longest=length)).activations - cost.TILE
+    expected = estimate_memory(shape, Unit(row_tokens=rows * length, longest=length)).activations - cost.TILE
     assert found[1] - found[0] == pytest.approx(expected, rel=0.01)
 
 
@@ -104,14 +104,14 @@ def test_memory_in_bfloat16_and_with_checkpointing_by_hand():
 
 
 @pytest.mark.parametrize(
-    "device_pairs, lora_rank, measured",
+    "pairs, lora_rank, measured",
     [(1, 0, 3739), (2, 0, 5094), (2, 16, 4642)],
 )
-def test_the_estimate_holds_where_it_was_measured(device_pairs, lora_rank, measured):
+def test_the_estimate_holds_where_it_was_measured(pairs, lora_rank, measured):
     """Peak of the process in MiB, SmolLM2 in float32 on CPU, rows of 256 tokens: LOG.md, 2026-11-24."""
     matrices = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)) * 30
     smollm2 = Shape(134_515_008, matrices, 30, 576, 1536)
-    got = estimate_memory(smollm2, Unit(device_pairs, longest=256, lora_rank=lora_rank)).total / 2**20
+    got = estimate_memory(smollm2, Unit(512 * pairs, longest=256, lora_rank=lora_rank)).total / 2**20
     assert measured <= got <= 1.2 * measured
 
 
@@ -124,7 +124,7 @@ def test_saving_counts_where_it_is_the_peak():
 
 units = st.builds(
     Unit,
-    device_pairs=st.integers(1, 8),
+    row_tokens=st.integers(1, 2**15),
     longest=st.integers(2, 4096),
     lora_rank=st.sampled_from([0, 16]),
     gradient_checkpointing=st.booleans(),
@@ -141,8 +141,10 @@ def test_advice_helps_or_says_that_nothing_does(unit, available):
     assert (said is None) == (needed <= available)
     if said is None or "does not fit" in said or "Set " not in said:
         return
-    changes = {"device_pairs: 1 ": 1, "gradient_checkpointing: true": True, "lora_rank: 16": 16}
+    changes = {f"token_budget: {2 * unit.longest} ": 2 * unit.longest, "gradient_checkpointing: true": True, "lora_rank: 16": 16}
     changed = {name.split(":")[0]: value for name, value in changes.items() if f"train.{name}" in said}
+    if "token_budget" in changed:
+        changed["row_tokens"] = changed.pop("token_budget")
     if f"train.max_length: {unit.longest // 2} " in said:
         changed["longest"] = unit.longest // 2
     assert changed
@@ -150,14 +152,14 @@ def test_advice_helps_or_says_that_nothing_does(unit, available):
 
 
 def test_advice_names_the_cheapest_setting_first():
-    unit = Unit(device_pairs=8, longest=1024)
-    one = estimate_memory(MODEL_7B, replace(unit, device_pairs=1)).total
+    unit = Unit(row_tokens=16384, longest=1024)
+    one = estimate_memory(MODEL_7B, replace(unit, row_tokens=2048)).total
     said = advise(MODEL_7B, unit, one)
     assert said is not None
-    assert said.endswith(f"Set train.device_pairs: 1 ({one / 2**30:,.1f} GiB).")
+    assert said.endswith(f"Set train.token_budget: 2048 ({one / 2**30:,.1f} GiB).")
     said = advise(MODEL_7B, unit, one - 1)
     assert said is not None
-    assert "Set train.device_pairs: 1 (" in said
+    assert "Set train.token_budget: 2048 (" in said
     assert "then train.gradient_checkpointing: true" in said
     said = advise(MODEL_7B, unit, 2**30)
     assert said is not None
@@ -183,7 +185,7 @@ def test_tokens_and_the_longest_row_of_scores(scores):
 
 
 def test_a_unit_is_planned_as_a_row_that_json_can_hold(scores):
-    unit = Unit(device_pairs=1, longest=512)
+    unit = Unit(row_tokens=1, longest=512)
     row = cost.plan_unit(SHAPE, scores, unit, epochs=2, batch_pairs=2, available=2**40, scored=(850, 10.0))
     assert (row["pairs"], row["tokens"], row["updates"], row["longest"]) == (5, 170, 6, 22)
     assert row["memory"] == estimate_memory(SHAPE, replace(unit, longest=22)).total

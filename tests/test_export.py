@@ -128,7 +128,7 @@ def test_what_cannot_be_exported(pairs, partition, tmp_path):
     with pytest.raises(SdpoError, match=r"the 4 pairs of step 1 fill no batch of train.batch_pairs 32"):
         export_steps(pairs, partition, MODEL, tmp_path / "out", ExportConfig(to=["openrlhf"]))
     odd = TrainerSettings(batch_pairs=3)
-    with pytest.raises(SdpoError, match=r"train.batch_pairs 3 is not a multiple of train.device_pairs 2"):
+    with pytest.raises(SdpoError, match=r"train.batch_pairs 3 is not a multiple of export.device_pairs 2"):
         export_steps(pairs, partition, MODEL, tmp_path / "out", training=odd)
     assert not (tmp_path / "out").exists()
 
@@ -253,7 +253,7 @@ def test_what_a_trainer_wrote_outlives_a_new_export(run, run_command):
     [
         (["--to", "verl"], "{}", "invalid choice 'verl' for argument '--to'"),
         ([], "{beta: much}", "config.yaml: train.beta is 'much': Input should be a valid number."),
-        ([], "{batch_pairs: 3}", "train.batch_pairs 3 is not a multiple of train.device_pairs 2."),
+        ([], "{batch_pairs: 3}", "train.batch_pairs 3 is not a multiple of export.device_pairs 2."),
     ],
 )
 def test_bad_input(run, run_command, flags, train, message):

@@ -71,7 +71,11 @@ def read_section(run: Run, name: str, model: type[SettingsModel]) -> SettingsMod
 
 def merge_config(run: Run, sections: dict[str, Any]) -> None:
     """Write `sections` over those in RUN/config.yaml, keeping the rest and its comments."""
-    path = run.path / "config.yaml"
+    with run.lock():
+        _merge_config(run.path / "config.yaml", sections)
+
+
+def _merge_config(path: Path, sections: dict[str, Any]) -> None:
     old = _read_yaml(path, comments=True) if path.exists() else ruamel.yaml.CommentedMap()
     new = ruamel.yaml.CommentedMap(old)
     old.copy_attributes(new)

@@ -93,13 +93,16 @@ class Run:
 
     @property
     def steps(self) -> pl.DataFrame:
-        """STEPS of every arm and seed, finished ones only."""
-        return self._collect("arms/*/seed_*/steps.parquet", STEPS).sort("arm", "seed", "step")
+        """STEPS of every arm and seed, finished ones only; `model` where the run folder lies now."""
+        rows = self._collect("arms/*/seed_*/steps.parquet", STEPS).sort("arm", "seed", "step")
+        place = pl.format("{}/arms/{}/seed_{}/step_{}", pl.lit(str(self.path)), "arm", "seed", "step")
+        return rows.with_columns(model=place)
 
     @property
     def metrics(self) -> pl.DataFrame:
         """METRICS of every finished step."""
-        return self._collect("arms/*/seed_*/step_*/metrics.parquet", METRICS)
+        rows = self._collect("arms/*/seed_*/step_*/metrics.parquet", METRICS)
+        return rows.join(self.steps, on=["arm", "seed", "step"], how="semi", maintain_order="left")
 
     @property
     def results(self) -> pl.DataFrame:
@@ -165,7 +168,7 @@ class Run:
 
     def replace_dropped(self, stage: str, frame: pl.DataFrame) -> None:
         """Put `frame` in the place of what `stage` had dropped before, and log the reasons."""
-        with self._lock():
+        with self.lock():
             path = self.path / "dropped.parquet"
             others = _read_parquet(path).filter(pl.col("stage") != stage) if path.exists() else DROPPED.to_frame()
             write_atomically(path, pl.concat([others, frame.select(list(DROPPED))]).write_parquet)
@@ -186,7 +189,7 @@ class Run:
         path = self.path / ".leases" / f"{unit.replace('/', '-')}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "token": uuid.uuid4().hex}
-        with self._lock():
+        with self.lock():
             if path.exists() and (holder := _living_holder(path)):
                 raise SdpoError(
                     f"{self.path}: {unit} is being worked on by process {holder['pid']} on {holder['host']}. "
@@ -257,7 +260,7 @@ class Run:
             "commit": _commit(),
             "versions": _versions(),
         }
-        with self._lock():
+        with self.lock():
             lineage = self.lineage
             for other in lineage.values():  # a file's checksum stands with the last that wrote it
                 for file in outputs:
@@ -265,7 +268,8 @@ class Run:
             text = json.dumps(lineage | {name: entry}, indent=1, ensure_ascii=False)
             write_atomically(self.path / "lineage.json", lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
-    def _lock(self) -> filelock.BaseFileLock:
+    def lock(self) -> filelock.BaseFileLock:
+        """Keep other processes from the files that all units write: lineage, dropped pairs, config."""
         self.path.mkdir(parents=True, exist_ok=True)
         return filelock.FileLock(self.path / ".lock")
 

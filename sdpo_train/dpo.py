@@ -20,7 +20,7 @@ from sdpo_train import handoff
 from sdpo_train.config import StepConfig
 from sdpo_train.diagnostics import contamination_alarm, diagnose_step, split_held_out
 from sdpo_train.divergence import measure_divergence
-from sdpo_train.trainer import MOMENTS, Trained, train_pairs
+from sdpo_train.trainer import MOMENTS, Trained, explained, train_pairs
 from sdpo_train.work import StepWork
 
 if TYPE_CHECKING:
@@ -89,7 +89,8 @@ def train_step(work: StepWork, config: StepConfig) -> dict[str, Any]:
     clock.lap("diagnose")
     tables["metrics"] = pl.concat([tables["metrics"], clock.rows(work, trained.updates)])
     if workers.is_main():
-        write_atomically(work.out, lambda folder: _write(folder, trained, tokenizer, tables, scratch))
+        with explained(work, config):
+            write_atomically(work.out, lambda folder: _write(folder, trained, tokenizer, tables, scratch))
     workers.wait()
     handoff.check_key(work, "result", str(work.out), key)
     losses = trained.metrics.filter(pl.col("name") == "loss").sort("update")["value"]

@@ -20,6 +20,7 @@ from sdpo_data.difficulty import difficulty_named
 from sdpo_data.run import Run, write_atomically
 from sdpo_data.tables import METRICS, PAIRS, PARTITION, SCORES, STEPS, SdpoError, check
 from sdpo_train.arms import Variant, arm_config, arm_partition, variants
+from sdpo_train.card import write_card
 from sdpo_train.config import StepConfig, TrainConfig
 from sdpo_train.work import StepWork, TrainStep, count_updates, recipe
 
@@ -74,7 +75,7 @@ class Chain:
                 f"{self.name}/step_{step + 1} starts from step {step}, which is not finished. "
                 f"Train it first: --unit {self.variant.label}/{self.seed}/{step}"
             )
-        return row["model"], row["model_key"]
+        return str(self.folder / f"step_{step}"), row["model_key"]  # wherever the run lies now
 
     def updates(self, step: int) -> int:
         return count_updates(self.order.filter(pl.col("step") == step).height, self.config[step - 1])
@@ -158,8 +159,11 @@ def run_sdpo(
         for step in one.steps:
             if (one.variant.label, one.seed, step) in wanted:
                 _run_unit(one, step, given)
-        if one.row(one.steps[-1]) is not None and (config.export_dtype or config.push_to_hub):
-            _publish(one, config, alone=len(chains) == 1)
+        if one.row(one.steps[-1]) is not None:
+            if workers.is_main() and train_step is None:
+                write_card(run, one.variant.label, one.seed)
+            if config.export_dtype or config.push_to_hub:
+                _publish(one, config, alone=len(chains) == 1)
     done = [pl.read_parquet(path) for one in chains if (path := one.folder / "steps.parquet").exists()]
     return check(pl.concat([STEPS.to_frame(), *(rows.select(list(STEPS)) for rows in done)]), STEPS, "steps")
 
@@ -231,10 +235,13 @@ def _run_unit(own: Chain, step: int, given: Inputs) -> None:
     )
     numbers = recipe(config) | {"start": start[1], "reference": reference[1], "order": _hash(order["pair_id"])}
     numbers["work"] = work.key(config)
-    with workers.main_stage(own.run, unit, numbers, ["pairs", "partition"], force=given.force) as stage:
+    force = given.force or own.row(step) is None  # a row that a forced step before it took away
+    with workers.main_stage(own.run, unit, numbers, ["pairs", "partition"], force=force) as stage:
         if stage.current:
             return
         if workers.is_main():
+            for left in work.out.parent.glob(f".{work.out.name}.*.tmp"):  # by a kill; the lease is ours now
+                shutil.rmtree(left, ignore_errors=True)
             settings = own.variant.config.model_dump(mode="json", exclude={"tune", *own.variant.config.tune})
             merge_config(own.run, {"model": own.base[0], "train": settings})
             write_atomically(own.folder / "partition.parquet", own.order.write_parquet)

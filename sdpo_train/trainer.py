@@ -25,6 +25,7 @@ import pydantic
 import torch
 import transformers
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from trl import DPOConfig, DPOTrainer
 
@@ -48,7 +49,7 @@ OURS = {  # fields of DPOConfig that a setting of ours decides
     "warmup_steps": "warmup", "warmup_ratio": "warmup", "num_train_epochs": "epochs", "loss_type": "loss",
     "per_device_train_batch_size": "batch_pairs", "gradient_accumulation_steps": "batch_pairs",
     "max_length": "max_length", "bf16": "dtype", "fp16": "dtype", "seed": "seeds",
-    "gradient_checkpointing": "gradient_checkpointing", "push_to_hub": "push_to_hub", "hub_model_id": "push_to_hub",
+    "gradient_checkpointing": "gradient_checkpointing", "activation_checkpointing": "gradient_checkpointing", "push_to_hub": "push_to_hub", "hub_model_id": "push_to_hub",
 }  # fmt: skip
 NEVER = {  # and fields that would break the chain, the order, or the resume
     "precompute_ref_log_probs": "the reference log-probabilities come with the pairs",
@@ -115,7 +116,7 @@ def train_pairs(
     bar = progress(
         f"train {work.arm} seed {work.seed} step {work.step}", count_updates(encoded.height, config), "updates"
     )
-    with bar as advance, _explained(work, config), _signals() as asked:
+    with bar as advance, explained(work, config), _signals() as asked:
         watch.advance, watch.asked = advance, asked
         watch.trainer = trainer = _trainer(work, config, encoded, reference, model, tokenizer, scratch, watch)
         trainer._total_train_tokens = watch.facts.get("tokens", 0)  # which TRL counts from zero after a resume
@@ -321,8 +322,7 @@ def _arguments(config: StepConfig, scratch: Path, seed: int) -> DPOConfig:
         precompute_ref_log_probs=True,  # they come with the rows: see _precompute_ref_logps
         max_length=None,  # encode_pairs has cut already
         bf16=config.dtype == "bfloat16",
-        gradient_checkpointing=config.gradient_checkpointing,
-        activation_checkpointing=False,
+        activation_checkpointing=config.gradient_checkpointing,  # transformers' new name; the old one yields to it
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,
         logging_steps=1,
@@ -367,13 +367,18 @@ def _signals() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def _explained(work: StepWork, config: StepConfig) -> Iterator[None]:
+def explained(work: StepWork, config: StepConfig) -> Iterator[None]:
     """Turn what the user can mend, memory and disk, into a sentence; the last checkpoint stands."""
     try:
         yield
-    except (RuntimeError, MemoryError, OSError) as error:
+    except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
         text = str(error).lower()
-        full = "no space left" in text or getattr(error, "errno", None) == errno.ENOSPC or "quota" in text
+        full = (
+            "no space left" in text
+            or "file too large" in text
+            or getattr(error, "errno", None) == errno.ENOSPC
+            or "quota" in text
+        )
         if full or "pytorchstreamwriter" in text or "enforce fail at inline_container" in text:
             raise SdpoError(
                 f"{work.arm} step {work.step}: the disk is full ({work.out.parent}). Free some space, or set "

@@ -141,7 +141,11 @@ def test_advice_helps_or_says_that_nothing_does(unit, available):
     assert (said is None) == (needed <= available)
     if said is None or "does not fit" in said or "Set " not in said:
         return
-    changes = {f"token_budget: {2 * unit.longest} ": 2 * unit.longest, "gradient_checkpointing: true": True, "lora_rank: 16": 16}
+    changes = {
+        f"token_budget: {2 * unit.longest} ": 2 * unit.longest,
+        "gradient_checkpointing: true": True,
+        "lora_rank: 16": 16,
+    }
     changed = {name.split(":")[0]: value for name, value in changes.items() if f"train.{name}" in said}
     if "token_budget" in changed:
         changed["row_tokens"] = changed.pop("token_budget")

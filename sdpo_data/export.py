@@ -152,7 +152,8 @@ def _refuse(name: str, step: int, rows: Sequence[Row], training: TrainerSettings
         )
     if training.batch_pairs % training.device_pairs:
         raise SdpoError(
-            f"train.batch_pairs {training.batch_pairs} is not a multiple of export.device_pairs {training.device_pairs}."
+            f"train.batch_pairs {training.batch_pairs} is not a multiple of export.device_pairs "
+            f"{training.device_pairs}."
         )
 
 

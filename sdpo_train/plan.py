@@ -1,4 +1,4 @@
-"""What a call would train: arms and what tells them apart, units with tokens, updates, memory and time. Runs nothing."""
+"""What a call would train: arms and what tells them apart, units with their size and cost. Runs nothing."""
 
 import json
 from typing import Any

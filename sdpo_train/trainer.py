@@ -49,7 +49,8 @@ OURS = {  # fields of DPOConfig that a setting of ours decides
     "warmup_steps": "warmup", "warmup_ratio": "warmup", "num_train_epochs": "epochs", "loss_type": "loss",
     "per_device_train_batch_size": "batch_pairs", "gradient_accumulation_steps": "batch_pairs",
     "max_length": "max_length", "bf16": "dtype", "fp16": "dtype", "seed": "seeds",
-    "gradient_checkpointing": "gradient_checkpointing", "activation_checkpointing": "gradient_checkpointing", "push_to_hub": "push_to_hub", "hub_model_id": "push_to_hub",
+    "gradient_checkpointing": "gradient_checkpointing",
+    "activation_checkpointing": "gradient_checkpointing", "push_to_hub": "push_to_hub", "hub_model_id": "push_to_hub",
 }  # fmt: skip
 NEVER = {  # and fields that would break the chain, the order, or the resume
     "precompute_ref_log_probs": "the reference log-probabilities come with the pairs",
@@ -322,6 +323,7 @@ def _arguments(config: StepConfig, scratch: Path, seed: int) -> DPOConfig:
         precompute_ref_log_probs=True,  # they come with the rows: see _precompute_ref_logps
         max_length=None,  # encode_pairs has cut already
         bf16=config.dtype == "bfloat16",
+        use_cpu=not torch.cuda.is_available(),
         activation_checkpointing=config.gradient_checkpointing,  # transformers' new name; the old one yields to it
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=seed,

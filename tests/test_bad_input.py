@@ -15,7 +15,7 @@ from sdpo_data.console import command
 from sdpo_data.tables import SdpoError
 
 PAIRS, SCORE, PARTITION = "sdpo_data.pairs", "sdpo_data.score", "sdpo_data.partition"
-DECONTAMINATE = "sdpo_data.decontaminate"
+DECONTAMINATE, EXPORT = "sdpo_data.decontaminate", "sdpo_data.export"
 TRAIN, EVAL, REPORT = "sdpo_train", "sdpo_eval", "sdpo_eval.report"
 
 
@@ -74,7 +74,7 @@ def assert_one_sentence(err: str) -> None:
 # --- settings
 
 
-@pytest.mark.parametrize("module", [PAIRS, DECONTAMINATE, SCORE, PARTITION, TRAIN, EVAL])
+@pytest.mark.parametrize("module", [PAIRS, DECONTAMINATE, SCORE, PARTITION, EXPORT, TRAIN, EVAL])
 def test_an_unknown_section(refused, run, module):
     (run / "config.yaml").write_text("partitoin: {parts: 2}\n")
     err = refused(module, run)
@@ -88,6 +88,7 @@ def test_an_unknown_section(refused, run, module):
         (DECONTAMINATE, "decontaminate", "rule", "rules"),
         (SCORE, "score", "max_lenght", "max_length"),
         (PARTITION, "partition", "part", "parts"),
+        (EXPORT, "export", "too", "to"),
         (TRAIN, "train", "learning_rat", "learning_rate"),
         (EVAL, "eval", "limits", "limit"),
     ],
@@ -119,6 +120,7 @@ def test_an_unknown_setting(refused, run, module, section, setting, close):
         (DECONTAMINATE, ["--coverage", "nan"], "--coverage is nan: Input should be a finite number."),
         (DECONTAMINATE, ["--rules", "9-gram"], "invalid choice '9-gram' for argument '--rules'"),
         (SCORE, ["--dtype", "int8"], "invalid choice 'int8' for argument '--dtype'"),
+        (EXPORT, ["--to", "verl"], "invalid choice 'verl' for argument '--to'"),
         (TRAIN, ["--learning-rate", "0"], "--learning-rate is 0.0: Input should be greater than 0."),
         (TRAIN, ["--batch-pairs", "3"], "batch_pairs 3 is not a multiple of device_pairs 2."),
         (EVAL, ["--limit", "0"], "--limit is 0: Input should be greater than or equal to 1."),
@@ -267,7 +269,7 @@ def test_a_table_whose_input_has_changed(refused, run):
     )
 
 
-@pytest.mark.parametrize("module", [PAIRS, DECONTAMINATE, SCORE, PARTITION, TRAIN, EVAL])
+@pytest.mark.parametrize("module", [PAIRS, DECONTAMINATE, SCORE, PARTITION, EXPORT, TRAIN, EVAL])
 def test_a_run_that_is_a_file(refused, tmp_path, module):
     (tmp_path / "run").write_text("precious")
     assert "run is a file. Name a folder; it is made if missing." in refused(module, tmp_path / "run")

@@ -15,7 +15,7 @@ from sdpo_data.console import command
 from sdpo_data.tables import SdpoError
 
 PAIRS, SCORE, PARTITION = "sdpo_data.pairs", "sdpo_data.score", "sdpo_data.partition"
-DECONTAMINATE = "sdpo_data.decontaminate"
+DECONTAMINATE, EXPORT = "sdpo_data.decontaminate", "sdpo_data.export"
 TRAIN, EVAL, REPORT = "sdpo_train", "sdpo_eval", "sdpo_eval.report"
 
 
@@ -74,7 +74,7 @@ def assert_one_sentence(err: str) -> None:
 # --- settings
 
 
-@pytest.mark.parametrize("module", [PAIRS, DECONTAMINATE, SCORE, PARTITION, TRAIN, EVAL])
+@pytest.mark.parametrize("module", [PAIRS, DECONTAMINATE, SCORE, PARTITION, EXPORT, TRAIN, EVAL])
 def test_an_unknown_section(refused, run, module):
     (run / "config.yaml").write_text("partitoin: {parts: 2}\n")
     err = refused(module, run)
@@ -88,6 +88,7 @@ def test_an_unknown_section(refused, run, module):
         (DECONTAMINATE, "decontaminate", "rule", "rules"),
         (SCORE, "score", "max_lenght", "max_length"),
         (PARTITION, "partition", "part", "parts"),
+        (EXPORT, "export", "too", "to"),
         (TRAIN, "train", "learning_rat", "learning_rate"),
         (EVAL, "eval", "limits", "limit"),
     ],
@@ -110,6 +111,7 @@ def test_an_unknown_setting(refused, run, module, section, setting, close):
         (PARTITION, ["--config", "nope"], "--config nope is neither a file nor the name of a recipe. There are:"),
         (PAIRS, ["--limit", "-1"], "--limit is -1: Input should be greater than or equal to 1."),
         (PAIRS, ["--choose", "worst"], "invalid choice 'worst' for argument '--choose'"),
+        (EXPORT, ["--to", "verl"], "invalid choice 'verl' for argument '--to'"),
         (PAIRS, ["--weights", "a", "0"], "--weights is {'a': 0.0}: 'a' must have a number above 0."),
         (PAIRS, ["--weights", "a", "much"], "--weights"),
         (PAIRS, ["--weights", "a", "inf"], "--weights.a is inf: Input should be a finite number."),
@@ -270,7 +272,7 @@ def test_a_table_whose_input_has_changed(refused, run):
     )
 
 
-@pytest.mark.parametrize("module", [PAIRS, DECONTAMINATE, SCORE, PARTITION, TRAIN, EVAL])
+@pytest.mark.parametrize("module", [PAIRS, DECONTAMINATE, SCORE, PARTITION, EXPORT, TRAIN, EVAL])
 def test_a_run_that_is_a_file(refused, tmp_path, module):
     (tmp_path / "run").write_text("precious")
     assert "run is a file. Name a folder; it is made if missing." in refused(module, tmp_path / "run")

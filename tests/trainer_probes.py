@@ -13,12 +13,13 @@ import runpy
 import shlex
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import torch
 import yaml
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import DPOConfig
 
 
@@ -40,8 +41,8 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-def openrlhf(model: str, *, script: bool) -> dict:
-    """Start its command as step_1.sh does, up to the trainer: the texts its loader gives, in order."""
+def openrlhf(model: str) -> dict:
+    """Start its command as step_1.sh does, up to the trainer: the texts it loads, by our script and without."""
     sys.meta_path.append(StandIns("pylatexenc deepspeed torchdata flash_attn ray loralib wandb jsonlines"))
     stateful = importlib.import_module("torchdata.stateful_dataloader")
     stateful.StatefulDataLoader = torch.utils.data.DataLoader  # what it is made of
@@ -70,19 +71,21 @@ def openrlhf(model: str, *, script: bool) -> dict:
     openrlhf.trainer.dpo_trainer.DPOTrainer = trainer
     cli.RewardDataset.__init__.__defaults__ = (None, False, None)  # in this process, not in eight
     sys.argv = shlex.split(Path("openrlhf/step_1.sh").read_text().replace("\\\n", " "), comments=True)[1:]
+    found = {"without": _read(runpy.run_module, "openrlhf.cli.train_dpo", caught, tokenizer)}
+    return found | _read(runpy.run_path, "openrlhf/in_order.py", caught, tokenizer)
+
+
+def _read(run: Callable, name: str, caught: dict, tokenizer: PreTrainedTokenizerBase) -> dict:
+    caught.clear()
     try:
-        if script:
-            runpy.run_path("openrlhf/in_order.py", run_name="__main__")
-        else:
-            runpy.run_module("openrlhf.cli.train_dpo", run_name="__main__")
+        run(name, run_name="__main__")
     except SystemExit as exit_:
         if exit_.code:
             raise RuntimeError("its parser refused the options") from exit_
     texts = []
     for chosen, mask, *_ in caught["loader"]:
-        texts += [
-            tokenizer.decode(ids[seen.bool()]) for ids, seen in zip(chosen.squeeze(1), mask.squeeze(1), strict=True)
-        ]
+        both = zip(chosen.squeeze(1), mask.squeeze(1), strict=True)
+        texts += [tokenizer.decode(ids[seen.bool()]) for ids, seen in both]
     sampler = type(caught["loader"].sampler).__name__
     return {"texts": texts, "sampler": sampler, **{name: caught[name] for name in ("models", "beta", "epochs")}}
 
@@ -150,28 +153,23 @@ class _AttributeDict(dict):
     def __init__(self, *args, **kwargs):
         super().__init__()
         for key, value in dict(*args, **kwargs).items():
-            self[key] = value
+            self[key] = self._inside(value)
 
-    def __setitem__(self, key, value):
+    def _inside(self, value):
         if isinstance(value, list):
-            value = [type(self)(one) if isinstance(one, dict) else one for one in value]
-        super().__setitem__(key, type(self)(value) if isinstance(value, dict) else value)
+            return [self._inside(one) for one in value]
+        return type(self)(value) if isinstance(value, dict) else value
 
     def __getattr__(self, key):
         return self[key] if key in self else self.__missing__(key)
 
-    __setattr__ = __setitem__
+    def __setattr__(self, key, value):
+        self[key] = value
 
 
 if __name__ == "__main__":
     name, code, model = sys.argv[1:4]
     sys.path.insert(0, code)
     sys.path = [place for place in sys.path if place not in ("", str(Path(__file__).parent))]
-    probes = {
-        "openrlhf": lambda: openrlhf(model, script=True),
-        "openrlhf without in_order": lambda: openrlhf(model, script=False),
-        "llama_factory": lambda: llama_factory(model),
-        "axolotl": lambda: axolotl(model),
-    }
-    found = probes[name]()
+    found = {"openrlhf": openrlhf, "llama_factory": llama_factory, "axolotl": axolotl}[name](model)
     print("FOUND " + json.dumps(found, default=str))  # noqa: T201

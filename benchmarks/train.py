@@ -59,7 +59,10 @@ def main(
         flags = ["--pairs", source, "--model", model, "--count", count, "--batch-pairs", batch_pairs]
         flags += ["--max-length", max_length]
         asked = [way for way in WAYS if any(way.startswith(begin) for begin in ways)]
-        rows = [{"way": way, **json.loads(child([*map(str, flags), "--only", way]))} for way in asked]
+        rows = []
+        for way in asked:
+            rows.append({"way": way, **json.loads(child([*map(str, flags), "--only", way]))})
+            print(rows[-1], file=sys.stderr, flush=True)
         table = pl.DataFrame(rows)
         ours = table.row(0, named=True)
         ratios = [(pl.col(name) / ours[name]).alias(f"{name}, times ours") for name in ("seconds", "CPU seconds")]

@@ -17,7 +17,7 @@ def read_logps(
     """Log-probability of target k as position readers[k] (ascending) predicts it, and whether it is the likeliest.
 
     Every position goes through the head once, as many at a time as HEAD_BYTES allows; with
-    gradients, a block's logits are computed again on the way back rather than kept.
+    gradients, the logits of a single block are kept, those of more computed again on the way back.
     """
     import torch
     from torch.utils.checkpoint import checkpoint
@@ -35,7 +35,8 @@ def read_logps(
         def head(block: "torch.Tensor", at: "torch.Tensor" = at, tokens: "torch.Tensor" = tokens) -> Any:
             return logits_to_logps(run_head(model, block), tokens, at)
 
-        parts.append(checkpoint(head, block, use_reentrant=False) if block.requires_grad else head(block))
+        again = block.requires_grad and len(positions) > size
+        parts.append(checkpoint(head, block, use_reentrant=False) if again else head(block))
     logps, likeliest = zip(*parts, strict=True)
     return torch.cat(logps), torch.cat(likeliest)
 

@@ -33,7 +33,7 @@ from tests.test_dpo import work  # noqa: F401 (a fixture)
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}  # fmt: skip
 GPT2 = {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "bos_token_id": 0,
-        "eos_token_id": 0, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}  # fmt: skip  # TRL turns dropout off
+        "eos_token_id": 0, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}  # fmt: skip
 MODELS = {
     "gpt2": lambda: transformers.GPT2Config(**GPT2),
     "llama": lambda: transformers.LlamaConfig(**SIZES),
@@ -151,7 +151,7 @@ def test_what_cannot_be_read_as_a_tree_is_left_to_trl(caplog):
     assert model(**batch()).entropy.isnan().all()  # within the window
     beyond = batch([(list(range(1, 15)), [1, 2, 3, 4], [5]), PAIRS[0]])
     assert model(**beyond).entropy.isfinite().all()
-    assert share_prefixes(build("llama"), 9, unless="of a test") == Sharing(512, 0)
+    assert share_prefixes(build("llama"), 9, unless="of a test") == Sharing(256, 0)
     assert "more than 0 tokens: of a test" in caplog.text
 
 
@@ -237,7 +237,7 @@ def test_21_updates_beside_trl(way, work, tiny_model, tmp_path, monkeypatch):  #
     """Eight pairs in updates of 3, 3 and 2, seven times; TRL computes each update in one padded batch."""
     config = SETTINGS
     if way == "small trees":
-        config = config.model_copy(update={"token_budget": 1})  # every pair by itself: a mean of unequal parts
+        config = config.model_copy(update={"token_budget": 110})  # two pairs and one: a mean of unequal parts
     if way == "padded":
         monkeypatch.setattr(forward, "read_model", lambda *_: Reading(0, 100, split_head=True))
         config = config.model_copy(update={"token_budget": 150})
@@ -256,7 +256,7 @@ def test_21_updates_beside_trl(way, work, tiny_model, tmp_path, monkeypatch):  #
     assert not set(forward.NOT_COMPUTED) & set(metrics.columns)
     ours, _ = load_model(row["model"])
     for (name, weight), other in zip(ours.named_parameters(), trained.parameters(), strict=True):
-        assert (weight - other).abs().max() < 1e-3, name  # a learning rate of 1e-3 moved them by 2e-2
+        assert (weight - other).abs().max() < 1e-3, name  # what Adam may move them by in one of the 21 updates
 
 
 STEP = """

@@ -185,6 +185,7 @@ def test_verdict_on_a_difference_by_its_interval(own_run):
     assert "These verdicts are on these checkpoints, not on the methods" in said(own_run)
 
 
+@pytest.mark.real
 @pytest.mark.parametrize(
     ("broken", "words"),
     [
@@ -303,6 +304,7 @@ def test_model_index_is_what_the_hub_reads(run):
     assert empty == "model-index: []\n"
 
 
+@pytest.mark.real
 def test_two_runs_make_one_report_that_sets_the_first_against_the_second(own_run, tmp_path):
     other = make_run(tmp_path / "other", seed=1)
     (other / "config.yaml").write_text("model: embedded:smollm2-135m\npartition:\n  parts: 3\n")
@@ -337,6 +339,7 @@ LADDER = [
 ]
 
 
+@pytest.mark.real
 def test_a_run_at_any_stage_has_a_report_that_names_the_next_command(own_run):
     for gone, command, figures in LADDER:
         for name in gone:
@@ -348,6 +351,7 @@ def test_a_run_at_any_stage_has_a_report_that_names_the_next_command(own_run):
         assert command is None or command.format(run=own_run) in commands
 
 
+@pytest.mark.real
 @pytest.mark.parametrize(
     "gone", ["items", "arms/sdpo/seed_0/step_1/metrics.parquet", "pairs.parquet", "scores.parquet"]
 )

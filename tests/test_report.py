@@ -263,11 +263,12 @@ def test_the_last_value_of_a_metric_counts():
 
 def test_what_became_of_each_question_by_hand():
     def side(arm, *answers):
+        row = {"arm": arm, "seed": 0, "step": 1, "model_key": arm, "protocol": "p@1", "task": "mmlu", "subject": "s"}
         rows = [
-            (arm, 0, 1, arm, "p@1", "mmlu", f"q{n}", "s", right, 0.5, gold, [gold])
+            row | {"item_id": f"q{n}", "correct": right, "score": 0.5, "gold_logp": gold, "choice_logps": [gold]}
             for n, (right, gold) in enumerate(answers)
         ]
-        return Side(arm, arm, pl.DataFrame(rows, ITEMS, orient="row"))
+        return Side(arm, arm, pl.DataFrame(rows, ITEMS))
 
     one = side("one", (1.0, -1.0), (0.0, -2.0), (1.0, -3.0), (0.0, -4.0), (None, -5.0), (1.0, None))
     two = side("two", (0.0, -3.0), (1.0, -2.5), (1.0, -2.0), (0.0, -4.25), (None, -7.0), (1.0, -1.0))

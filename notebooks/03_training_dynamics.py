@@ -15,8 +15,8 @@
 # to hard, and takes the model that each step wrote as start *and* reference of the next; the second in one go, held to
 # the base model throughout. This page trains both on a few short pairs with LoRA and looks inside.
 #
-# The learning rate is far too high on purpose, so that a handful of updates shows something. Sixteen pairs and one
-# seed **decide nothing**; the shapes below are what to look for in a run of your own.
+# Learning rate and beta are far too high on purpose, so that a handful of updates shows something. Sixteen pairs and
+# one seed **decide nothing**; the shapes below are what to look for in a run of your own.
 
 # %%
 from pathlib import Path
@@ -40,7 +40,7 @@ pairs = data.read_pairs("embedded:piqa", data.PairsConfig(limit=16))
 scores = data.score_pairs(pairs, MODEL, data.ScoreConfig(max_length=256))
 part = data.partition_pairs(scores, data.PartitionConfig(parts=2))
 settings = train.TrainConfig(
-    arms=["sdpo", "dpo"], lora_rank=8, learning_rate=2e-4, batch_pairs=2, warmup=0.0, max_length=256
+    arms=["sdpo", "dpo"], lora_rank=8, learning_rate=5e-4, beta=0.5, batch_pairs=2, warmup=0.0, max_length=256
 )
 steps = train.run_sdpo(pairs, part, model=MODEL, out=RUN, scores=scores, config=settings)
 

@@ -13,7 +13,7 @@
 #
 # Pairs come as they are: a file in almost any form that trainers read, with columns by whatever names. A model is a
 # folder that transformers loads, a hub id, or one already in memory. This page writes a small file and goes from there
-# to a report. Ten pairs **decide nothing**; replace two lines, and the rest stays as it is.
+# to a report. Nine pairs **decide nothing**; replace two lines, and the rest stays as it is.
 
 # %%
 import json
@@ -50,7 +50,7 @@ rows = [
 ]
 names = ("topic", "question", "good", "bad")
 file = Path("runs/my_pairs.jsonl")
-file.write_text("".join(json.dumps(dict(zip(names, row))) + "\n" for row in rows))
+_ = file.write_text("".join(json.dumps(dict(zip(names, row))) + "\n" for row in rows))
 
 # %% [markdown]
 # ## Read them

@@ -19,8 +19,14 @@ def test_notebooks_are_kept_without_outputs_and_equal_their_script(path):
     assert ["".join(cell["source"]) for cell in cells] == [cell["source"] for cell in script["cells"]]
 
 
-@pytest.mark.real
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+MINUTES = {"03_training_dynamics", "05_your_own"}  # they train
+
+
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=pytest.mark.slow if path.stem in MINUTES else pytest.mark.real) for path in NOTEBOOKS],
+    ids=lambda path: path.stem,
+)
 def test_notebooks_run(path, tmp_path, monkeypatch):
     import nbclient
     import nbformat

@@ -185,6 +185,7 @@ def test_verdict_on_a_difference_by_its_interval(own_run):
     assert "These verdicts are on these checkpoints, not on the methods" in said(own_run)
 
 
+@pytest.mark.real
 @pytest.mark.parametrize(
     ("broken", "words"),
     [
@@ -262,11 +263,12 @@ def test_the_last_value_of_a_metric_counts():
 
 def test_what_became_of_each_question_by_hand():
     def side(arm, *answers):
+        row = {"arm": arm, "seed": 0, "step": 1, "model_key": arm, "protocol": "p@1", "task": "mmlu", "subject": "s"}
         rows = [
-            (arm, 0, 1, arm, "p@1", "mmlu", f"q{n}", "s", right, 0.5, gold, [gold])
+            row | {"item_id": f"q{n}", "correct": right, "score": 0.5, "gold_logp": gold, "choice_logps": [gold]}
             for n, (right, gold) in enumerate(answers)
         ]
-        return Side(arm, arm, pl.DataFrame(rows, ITEMS, orient="row"))
+        return Side(arm, arm, pl.DataFrame(rows, ITEMS))
 
     one = side("one", (1.0, -1.0), (0.0, -2.0), (1.0, -3.0), (0.0, -4.0), (None, -5.0), (1.0, None))
     two = side("two", (0.0, -3.0), (1.0, -2.5), (1.0, -2.0), (0.0, -4.25), (None, -7.0), (1.0, -1.0))
@@ -303,6 +305,7 @@ def test_model_index_is_what_the_hub_reads(run):
     assert empty == "model-index: []\n"
 
 
+@pytest.mark.real
 def test_two_runs_make_one_report_that_sets_the_first_against_the_second(own_run, tmp_path):
     other = make_run(tmp_path / "other", seed=1)
     (other / "config.yaml").write_text("model: embedded:smollm2-135m\npartition:\n  parts: 3\n")
@@ -337,6 +340,7 @@ LADDER = [
 ]
 
 
+@pytest.mark.real
 def test_a_run_at_any_stage_has_a_report_that_names_the_next_command(own_run):
     for gone, command, figures in LADDER:
         for name in gone:
@@ -348,6 +352,7 @@ def test_a_run_at_any_stage_has_a_report_that_names_the_next_command(own_run):
         assert command is None or command.format(run=own_run) in commands
 
 
+@pytest.mark.real
 @pytest.mark.parametrize(
     "gone", ["items", "arms/sdpo/seed_0/step_1/metrics.parquet", "pairs.parquet", "scores.parquet"]
 )

@@ -89,7 +89,7 @@ def ours(path: Path, out: Path):
     yield time.perf_counter()
     partition = partition_pairs(scores)
     yield time.perf_counter()
-    partition.write_parquet(out)
+    partition.write_parquet(out, compression_level=1)  # as a run folder's tables are
     yield time.perf_counter()
 
 
@@ -158,7 +158,8 @@ def make_scores(path: Path, size: int) -> None:
 
 def some_scores(first: int, count: int) -> pl.DataFrame:
     draw = np.random.default_rng(first)
-    ids = [draw.bytes(16).hex() for _ in range(2 * count)]
+    digits = draw.bytes(32 * count).hex()
+    ids = [digits[at : at + 32] for at in range(0, len(digits), 32)]
     tokens = draw.integers(20, 400, (count, 3))
     logps = -tokens[:, :2] * draw.gamma(4.0, 0.3, (count, 2))
     columns = {

@@ -111,7 +111,8 @@ def ordered_within(
     if within == "difficulty":
         ordered = sort_by_difficulty(partition, "pair_id", "step").sort("step", maintain_order=True)
     elif within == "shuffle":
-        ordered = _drawn(partition, seed).sort("step", "_drawn")
+        place = pl.col("step") * partition.height + pl.col("_drawn")  # one key: half the time that two take
+        ordered = _drawn(partition, seed).with_columns(_place=place).sort("_place")
     else:
         drawn = _measured(_drawn(partition, seed), LENGTH, scores, "length").sort("step", "_measure", "_drawn")
         grouped = drawn.with_columns(_group=pl.int_range(pl.len()).over("step") // group)

@@ -94,10 +94,11 @@ class Run:
 
     @property
     def steps(self) -> pl.DataFrame:
-        """STEPS of every arm and seed, finished ones only; `model` where the run folder lies now."""
+        """STEPS of every arm and seed, finished ones only; `model` in this folder where it is gone from elsewhere."""
         rows = self._collect("arms/*/seed_*/steps.parquet", STEPS).sort("arm", "seed", "step")
-        place = pl.format("{}/arms/{}/seed_{}/step_{}", pl.lit(str(self.path)), "arm", "seed", "step")
-        return rows.with_columns(model=place)
+        here = pl.format("{}/arms/{}/seed_{}/step_{}", pl.lit(str(self.path)), "arm", "seed", "step")
+        there = pl.col("model").map_elements(lambda model: Path(model).is_dir(), pl.Boolean)
+        return rows.with_columns(model=pl.when(there).then("model").otherwise(here))
 
     @property
     def metrics(self) -> pl.DataFrame:
@@ -232,6 +233,11 @@ class Run:
         made = self.lineage.get(name)
         if made is None or not all((self.path / file).exists() for file in made["outputs"]):
             return False
+        stale = [table for table, sum_ in sums.items() if made["inputs"].get(table) != sum_]
+        if stale:
+            raise SdpoError(
+                f"{self.path / name} is stale: {stale[0]}.parquet has changed since it was made. --force remakes it."
+            )
         changed = [
             key for key in sorted(recipe.keys() | made["recipe"].keys()) if recipe.get(key) != made["recipe"].get(key)
         ]
@@ -241,11 +247,6 @@ class Run:
                 f"{self.path / name} was made with {key} = {made['recipe'].get(key)!r}, now it is {recipe.get(key)!r}"
                 f"{f' (and {len(changed) - 1} more differ)' if changed[1:] else ''}. "
                 "Choose another run folder, or --force to remake it; what depends on it is then stale."
-            )
-        stale = [table for table, sum_ in sums.items() if made["inputs"].get(table) != sum_]
-        if stale:
-            raise SdpoError(
-                f"{self.path / name} is stale: {stale[0]}.parquet has changed since it was made. --force remakes it."
             )
         return True
 

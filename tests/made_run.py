@@ -10,6 +10,7 @@ import polars as pl
 
 from sdpo_data.tables import (
     CONTAMINATION,
+    DOCUMENTS,
     DROPPED,
     ITEMS,
     MARGIN_PER_TOKEN,
@@ -65,6 +66,9 @@ def make_run(path: Path, *, pairs: int = 160, tasks: Sequence[str] = tuple(TASKS
     ]
     write(path / "contamination.parquet", pl.DataFrame(matched, CONTAMINATION, orient="row"), CONTAMINATION)
     items = [make_items(draw, path, *model, task) for model in KEYS for task in tasks]
+    if items:
+        asked = pl.concat(items).select("protocol", "task", "item_id", text="item_id").unique(maintain_order=True)
+        write(path / "documents.parquet", asked, DOCUMENTS)
     write(path / "results.parquet", summarise_items(pl.concat(items)) if items else RESULTS.to_frame(), RESULTS)
     (path / "config.yaml").write_text("# TEST DATA\nmodel: embedded:smollm2-135m\npartition:\n  parts: 2\n")
     units = {"pairs": 6.1, "scores": 71.0, "partition": 0.2, "arms/sdpo/seed_0/step_1": 214.5}

@@ -27,7 +27,7 @@ def texts() -> pl.DataFrame:
             f"chosen & {pair}\n\nmore",
             f"rejected {pair}",
             TEXT,
-            *[None] * 3,
+            *[None] * 4,
         )
         for pair in "abcde"
     ]

@@ -271,7 +271,7 @@ def test_clean_questions_are_contrasted_beside_all(run, tmp_path, capsys):
     ]  # fmt: skip
     rows = compare_models(run).filter(task="hellaswag").select("subset", "n").rows()
     assert rows == [("all", 80), ("clean", 50)]
-    other = make_run(tmp_path / "old", seed=1)  # not decontaminated: what this run says holds
+    other = undecontaminated(tmp_path / "old", seed=1)  # not decontaminated: what this run says holds
     assert compare_models(other, run).filter(task="hellaswag")["n"].to_list() == [80, 50]
 
 
@@ -322,11 +322,17 @@ def test_flips_with_and_without_text():
 
 @pytest.fixture
 def run(tmp_path) -> Path:
-    return make_run(tmp_path / "new")
+    return undecontaminated(tmp_path / "new")
+
+
+def undecontaminated(path, **settings) -> Path:
+    made = make_run(path, **settings)
+    (made / "contamination.parquet").unlink()
+    return made
 
 
 def test_two_runs_and_two_models_of_one(run, tmp_path):
-    other = make_run(tmp_path / "old", seed=1)
+    other = undecontaminated(tmp_path / "old", seed=1)
     got = sdpo_eval.compare_models(run, other)
     assert got.select("first", "second").unique().rows() == [("new: sdpo step 2", "old: sdpo step 2")]
     assert got.filter("primary")["task"].to_list() == ["h4"]
@@ -408,10 +414,10 @@ def test_the_command_shows_questions_that_flipped(run, capsys):
 def test_the_exit_code_of_a_worse_model(run, capsys):
     main([str(run), "--fail-if-worse", "99"])
     with pytest.raises(SystemExit) as exit_:
-        main([str(run), "--fail-if-worse", "0"])
+        main([str(run), "--a", "base", "--b", "sdpo", "--fail-if-worse", "0"])
     assert exit_.value.code == 3
     assert (
-        "fail-if-worse: sdpo step 2 against base, H4: it may be 0.20 points worse, allowed are 0."
+        "fail-if-worse: base against sdpo step 2, H4: it may be 4.80 points worse, allowed are 0."
         in capsys.readouterr().out
     )
     with pytest.raises(SdpoError, match=r"--fail-if-worse -1\.0: name how many points worse is still allowed"):
@@ -466,7 +472,7 @@ def test_the_report_crosses_seeds(run):
     later = [results.filter(pl.col("step") > 0).with_columns(seed=pl.lit(seed, pl.Int64)) for seed in range(1, 5)]
     pl.concat([results, *later]).write_parquet(run / "results.parquet")
     report = Report(run)
-    assert "sdpo step 2 − dpo step 1 (these methods), over the same questions: H4 " in report.markdown()
-    assert "step 2 seed 1 − base (these checkpoints), over" not in report.markdown()
+    assert "| sdpo step 2 − base | these methods | H4 | " in report.markdown()
+    assert "| sdpo step 2 seed 1 − base | these checkpoints |" not in report.markdown()
     kinds = report.table("contrasts").filter(task="H4")["verdict_on"].value_counts().sort("verdict_on").rows()
     assert kinds == [(CHECKPOINTS, 15), (METHODS, 3)]

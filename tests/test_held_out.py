@@ -143,5 +143,6 @@ def test_the_command_and_the_report(run, capsys, monkeypatch):
 
 def test_a_report_names_the_command_that_is_missing(tmp_path):
     run = make_run(tmp_path / "run")
+    shutil.rmtree(run / "held_out_scores")
     assert read_held_out(Run(run)).is_empty()
     assert any(f"python -m sdpo_eval.held_out {run}" in warning for warning in Report(run).warnings)

@@ -473,6 +473,5 @@ def test_the_report_crosses_seeds(run):
     pl.concat([results, *later]).write_parquet(run / "results.parquet")
     report = Report(run)
     assert "| sdpo step 2 − base | these methods | H4 | " in report.markdown()
-    assert "| sdpo step 2 seed 1 − base | these checkpoints |" not in report.markdown()
     kinds = report.table("contrasts").filter(task="H4")["verdict_on"].value_counts().sort("verdict_on").rows()
     assert kinds == [(CHECKPOINTS, 15), (METHODS, 3)]

@@ -18,6 +18,7 @@ demo: .venv/installed  ## pairs -> scores -> partition -> sDPO -> H4 -> report, 
 	$(BIN)/python -m sdpo_data.partition $(RUN) --config configs/demo.yaml
 	$(BIN)/python -m sdpo_train $(RUN)
 	$(BIN)/python -m sdpo_eval $(RUN) $(if $(DATA),--data-dir $(DATA))
+	$(BIN)/python -m sdpo_eval.held_out $(RUN)
 	$(BIN)/python -m sdpo_eval.report $(RUN)
 
 clean-demo:  ## remove runs/demo

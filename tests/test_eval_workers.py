@@ -1,4 +1,4 @@
-"""Several processes evaluate as one does: launched by accelerate, on gloo, with the same bits."""
+"""Several processes evaluate as one does: launched by torchrun, on gloo, with the same bits."""
 
 import os
 import subprocess
@@ -49,10 +49,11 @@ def test_two_processes_evaluate_as_one(small, models, other_tasks, run, pairs, t
         SCRIPT.format(tasks={name: (task.n_full, task.shots) for name, task in h4.TASKS.items()}, **words)
     )
     launched = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
-        *("--mixed_precision", "no", "--dynamo_backend", "no", str(script)),
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *("--master-port", str(29000 + os.getpid() % 300), str(script)),
     ]
     quiet = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    quiet["ACCELERATE_USE_CPU"] = "1"  # `accelerate launch --cpu` would start one process only
     done = subprocess.run(launched, env=quiet, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert_frame_equal(Run(two).results, one, check_exact=True)

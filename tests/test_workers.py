@@ -35,13 +35,19 @@ def many(tmp_path):
     return path
 
 
+TWO = (  # `accelerate launch --cpu --num_processes 2` starts one process only: two on a CPU would need mpirun
+    *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+    *("--master-port", str(29300 + os.getpid() % 300)),
+)
+
+
 def launch(run, many, model, store):
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", 2, "--num_machines", 1),
-        *("--mixed_precision", "no", "--dynamo_backend", "no", "-m", "sdpo_data.score", run, "--pairs.source", many),
+        *TWO,
+        *("-m", "sdpo_data.score", run, "--pairs.source", many),
         *("--pairs.hold-out", 0, "--model", model, "--token-budget", 8, "--store", store),
     ]
-    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "1"}
     return subprocess.Popen(
         list(map(str, command)), cwd=ROOT, env=quiet, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         start_new_session=True,

@@ -128,6 +128,7 @@ def train_trl(way: str, encoded: pl.DataFrame, model: str, batch_pairs: int, fol
     args = DPOConfig(
         output_dir=str(folder),
         bf16=False,
+        num_train_epochs=1,  # its default is 3
         learning_rate=5e-6,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,

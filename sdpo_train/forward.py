@@ -89,7 +89,8 @@ def share_prefixes(
             return padded(*args, fused_lm_head=fused_lm_head, labels=labels, **inputs)
         read = labels != -100
         requests = read_requests(inputs["input_ids"], inputs["attention_mask"], read)
-        logps, likeliest = read_tree(model, requests, flex=reading.flex)
+        with _as_it_was(model, padded):
+            logps, likeliest = read_tree(model, requests, flex=reading.flex)
         read = read[:, 1:]  # row by row, as the requests are
         log_probs = torch.zeros(read.shape, dtype=logps.dtype, device=logps.device).masked_scatter(read, logps)
         unknown = torch.full_like(log_probs, torch.nan)
@@ -97,6 +98,17 @@ def share_prefixes(
 
     model.forward = types.MethodType(forward, model)  # type: ignore[method-assign]
     return Sharing(size, packed_length)
+
+
+@contextlib.contextmanager
+def _as_it_was(model: PreTrainedModel, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let the head be run by the forward from before: accelerate's autocast, entered twice, would never be left."""
+    wrapped = model.forward
+    model.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        model.forward = wrapped  # type: ignore[method-assign]
 
 
 def read_requests(ids: torch.Tensor, attention: torch.Tensor, completion: torch.Tensor) -> list[Request]:

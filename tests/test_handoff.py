@@ -213,3 +213,4 @@ def test_small_updates_are_handed_on_in_float32_where_bfloat16_would_lose_them(s
     assert survive < 0.1 * total  # those near zero
     assert row["model_key"] != row["start_key"]
     assert np.isfinite(row["max_start_gap"])
+    assert not torch.is_autocast_enabled("cpu")  # what comes after in this process is float32 again

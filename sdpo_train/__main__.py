@@ -35,6 +35,8 @@ def main() -> None:
     config, score = call.settings["train"], call.settings["score"]
     assert isinstance(config, TrainConfig)
     assert isinstance(score, ScoreConfig)
+    if "json" in call.asked and "plan" not in call.asked:
+        raise SdpoError("--json is how --plan is printed: give both, or neither to train.")
     run, before = call.run, call.run.lineage
     scored = before.get("scores", {}).get("recipe", {}).get("model")
     if scored not in (None, model_key(call.model)):
@@ -63,6 +65,7 @@ def main() -> None:
     )
     if not workers.is_main():
         return
+    call.save()
     if run.lineage == before:
         say(f"up to date: {run.path / 'arms'}")
         return

@@ -13,7 +13,7 @@ Loss = Literal[
 ]  # fmt: skip
 NOT_NUMBERS = {  # settings that do not change what one step computes
     "arms", "seeds", "tune", "token_budget", "checkpoint_minutes", "keep", "keep_adapters", "export_dtype",
-    "push_to_hub", "diagnose", "kl_samples",
+    "push_to_hub", "diagnose", "kl_samples", "selective_share",  # which pairs are left is told by the pairs
 }  # fmt: skip
 PER_STEP = ("beta", "learning_rate", "warmup", "epochs", "batch_pairs")
 

@@ -1,6 +1,6 @@
 """How far a step's model is from its reference and from S: KL divergences on answers that it writes itself."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import polars as pl
@@ -37,12 +37,13 @@ def measure_divergence(
     """
     chosen = encoded.sort("pair_id").unique("prompt_ids", maintain_order=True).head(config.kl_samples)
     requests = _sample(model, tokenizer, [ids.to_numpy() for ids in chosen["prompt_ids"]], work.seed)
-    own = _logps(model, requests)
+    own = _logps(model, requests, work.token_budget)
     rows: list[tuple[str, int, int, int, str, float]] = []
     known: dict[str, list[float]] = {}
     for name, folder in (("ref", work.reference), ("base", work.base or work.start)):
         if folder not in known:
-            known[folder] = _logps(load_model(folder, str(model.dtype).removeprefix("torch."))[0], requests)
+            other, _ = load_model(folder, str(model.dtype).removeprefix("torch."))
+            known[folder] = _logps(other, requests, work.token_budget)
         found = kl_estimate(own, known[folder])
         rows += [(work.arm, work.seed, work.step, update, f"kl_{name}/{what}", value) for what, value in found.items()]
     return pl.DataFrame(rows, METRICS, orient="row")
@@ -54,7 +55,7 @@ def _sample(
     import torch
 
     torch.manual_seed(seed)
-    length, pad = max(map(len, prompts)), tokenizer.pad_token_id or tokenizer.eos_token_id
+    length, pad = max(map(len, prompts)), tokenizer.pad_token_id
     ids = np.full((len(prompts), length), pad)
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :] = prompt
@@ -70,7 +71,8 @@ def _sample(
             max_new_tokens=NEW_TOKENS,
             pad_token_id=pad,
         )[:, length:].cpu()
-    ends = set(np.atleast_1d(model.generation_config.eos_token_id or tokenizer.eos_token_id).tolist())  # type: ignore[union-attr]
+    stops: Any = model.generation_config
+    ends = set(np.atleast_1d(stops.eos_token_id if stops.eos_token_id is not None else tokenizer.eos_token_id).tolist())
     requests: list[Request] = []
     for prompt, answer in zip(prompts, written.tolist(), strict=True):
         stop = next((place + 1 for place, token in enumerate(answer) if token in ends), len(answer))
@@ -78,10 +80,10 @@ def _sample(
     return requests
 
 
-def _logps(model: "PreTrainedModel", requests: list[Request]) -> list[float]:
+def _logps(model: "PreTrainedModel", requests: list[Request], token_budget: int | None) -> list[float]:
     """Log-probability of each answer, nats."""
     found = [0.0] * len(requests)
-    for places, completions in score_completions(model, requests):
+    for places, completions in score_completions(model, requests, token_budget):
         for place, completion in zip(places, completions, strict=True):
             found[place] = float(completion.logps.sum(dtype=np.float64))
     return found

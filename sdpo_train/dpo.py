@@ -61,14 +61,17 @@ def train_step(work: StepWork, config: StepConfig) -> dict[str, Any]:
     handoff.check_key(work, "reference", work.reference, work.reference_key)
     model, tokenizer = load_model(work.reference, WEIGHTS)
     encoded = _encode(work.pairs, tokenizer, config)
-    reference = _reference_scores(work, config, encoded, model)
+    scorer = _scorer(work, config, model, work.reference_key)
+    reference = _reference_scores(work, encoded, scorer)
     start = None
     if work.start_key != work.reference_key:
-        del model
+        del model, scorer
         model, tokenizer = load_model(work.start, WEIGHTS)
-        start = score_encoded(encoded, work.pairs, _scorer(work, config, model, work.start_key))
+        scorer = _scorer(work, config, model, work.start_key)
+        start = score_encoded(encoded, work.pairs, scorer) if config.diagnose else None
     held_out = _held_out(work, config, tokenizer)
-    before = None if held_out is None else score_encoded(*held_out, _scorer(work, config, model, work.start_key))
+    before = None if held_out is None else score_encoded(*held_out, scorer)
+    del scorer
     clock.lap("reference")
     scratch = work.out.with_name(f"{work.out.name}.unfinished")
     trained = train_pairs(work, config, encoded, reference, model, tokenizer, scratch)
@@ -83,7 +86,7 @@ def train_step(work: StepWork, config: StepConfig) -> dict[str, Any]:
             if work.step == 1:
                 tables["held_out_base"] = before
         tables["metrics"] = pl.concat([tables["metrics"], _diagnosis(work, config, trained, tables, start, before)])
-    if config.kl_samples:
+    if config.kl_samples and workers.is_main():
         divergence = measure_divergence(work, config, encoded, trained.model, tokenizer, trained.updates)
         tables["metrics"] = pl.concat([tables["metrics"], divergence])
     clock.lap("diagnose")
@@ -148,11 +151,8 @@ def _scorer(kept: "Inputs | StepWork", config: StepConfig, model: "PreTrainedMod
     return Scorer(model, key, ScoreStore(kept.store, key, dtype), kept.token_budget, autocast=autocast)
 
 
-def _reference_scores(
-    work: StepWork, config: StepConfig, encoded: pl.DataFrame, model: "PreTrainedModel"
-) -> pl.DataFrame:
+def _reference_scores(work: StepWork, encoded: pl.DataFrame, scorer: Scorer) -> pl.DataFrame:
     """SCORES of the step's pairs under its reference: those at hand if they are of its weights, else new ones."""
-    scorer = _scorer(work, config, model, work.reference_key)
     if work.scores is not None:
         known = encoded.select("pair_id").join(work.scores, on="pair_id", maintain_order="left")
         handoff.check_same_tokens(work, encoded, known)

@@ -63,8 +63,7 @@ def check_start(work: StepWork, config: StepConfig, gap: float, reference: pl.Da
     """
     if work.start_key != work.reference_key:
         return None
-    longest = int(reference.select(pl.max_horizontal("chosen_tokens", "rejected_tokens").max()).item())
-    noise = START_GAP if config.dtype == "float32" else BF16_GAP * longest**0.5
+    noise = allowed_noise(config, reference)
     if not gap <= noise:
         raise SdpoError(
             f"{work.arm} step {work.step}: before the first update a log-probability of the policy differs from the "
@@ -74,13 +73,19 @@ def check_start(work: StepWork, config: StepConfig, gap: float, reference: pl.Da
     return gap
 
 
-def check_losses(work: StepWork, config: StepConfig, losses: pl.Series) -> None:
+def allowed_noise(config: StepConfig, reference: pl.DataFrame) -> float:
+    """Give the most by which rounding moves an answer's log-probability, nats, in the dtype of the forward pass."""
+    longest = int(reference.select(pl.max_horizontal("chosen_tokens", "rejected_tokens").max()).item())
+    return START_GAP if config.dtype == "float32" else BF16_GAP * longest**0.5
+
+
+def check_losses(work: StepWork, config: StepConfig, losses: pl.Series, reference: pl.DataFrame) -> None:
     """Check that the first loss is what a zero margin gives, where it must be."""
     start = zero_margin_loss(config)
     if work.start_key != work.reference_key or start is None:
         return
     value, slope = start
-    tolerance = 2 * slope * START_GAP * (1 if config.dtype == "float32" else 100) + 1e-5 * max(1.0, abs(value))
+    tolerance = 2 * slope * allowed_noise(config, reference) + 1e-5 * max(1.0, abs(value))
     if abs(losses[0] - value) > tolerance:
         raise SdpoError(
             f"{work.arm} step {work.step}: the first loss is {losses[0]:.6f}, not {value:.6f} (zero margin, "

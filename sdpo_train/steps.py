@@ -3,7 +3,6 @@
 Needs no torch: the work of one step is passed in.
 """
 
-import hashlib
 import logging
 import os
 import shutil
@@ -85,6 +84,7 @@ class Chain:
 class Inputs:
     """What all units of a run work on."""
 
+    config: TrainConfig
     pairs: pl.DataFrame
     scores: pl.DataFrame | None
     held_out: pl.DataFrame | None
@@ -152,8 +152,10 @@ def run_sdpo(
         _save_inputs(run, {"pairs": (pairs, PAIRS), "partition": (partition, PARTITION), "scores": (scores, SCORES)})
     workers.wait()
     held_out = run.held_out if (run.path / "held_out.parquet").exists() else None
-    given = Inputs(pairs, scores, held_out, store, token_budget, force, train_step, rescore)
-    chains = [chain(run, one, seed, partition, str(model), scores) for one in found for seed in config.seeds]
+    given = Inputs(config, pairs, scores, held_out, store, token_budget, force, train_step, rescore)
+    chains = [
+        chain(run, one, seed, partition, str(model), scores, force=force) for one in found for seed in config.seeds
+    ]
     wanted = _wanted(chains, units)
     for one in chains:
         for step in one.steps:
@@ -169,9 +171,16 @@ def run_sdpo(
 
 
 def chain(
-    run: Run, variant: Variant, seed: int, partition: pl.DataFrame, base: str, scores: pl.DataFrame | None
+    run: Run,
+    variant: Variant,
+    seed: int,
+    partition: pl.DataFrame,
+    base: str,
+    scores: pl.DataFrame | None,
+    *,
+    force: bool = False,
 ) -> Chain:
-    """Lay out one arm under one seed: its order, its settings step by step."""
+    """Lay out one arm under one seed: its order, its settings step by step; with force as if nothing were done."""
     from sdpo_data.models import model_key  # reads the weights' files: no torch
 
     config = variant.config
@@ -180,7 +189,7 @@ def chain(
     own = Chain(run, variant, seed, order, (base, model_key(base)))
     own.config = [arm_config(variant, step, steps, partition) for step in range(1, steps + 1)]
     kept = own.folder / "partition.parquet"
-    if variant.arm.adaptive and kept.exists():  # what finished steps trained on, their successors do not
+    if variant.arm.adaptive and kept.exists() and not force:  # what finished steps trained on, their successors do not
         own.order = check(pl.read_parquet(kept), PARTITION, str(kept))
     return own
 
@@ -233,8 +242,7 @@ def _run_unit(own: Chain, step: int, given: Inputs) -> None:
         store=given.store,
         token_budget=given.token_budget,
     )
-    numbers = recipe(config) | {"start": start[1], "reference": reference[1], "order": _hash(order["pair_id"])}
-    numbers["work"] = work.key(config)
+    numbers = recipe(config) | {"start": start[1], "reference": reference[1], "work": work.key(config)}
     force = given.force or own.row(step) is None  # a row that a forced step before it took away
     with workers.main_stage(own.run, unit, numbers, ["pairs", "partition"], force=force) as stage:
         if stage.current:
@@ -242,8 +250,7 @@ def _run_unit(own: Chain, step: int, given: Inputs) -> None:
         if workers.is_main():
             for left in work.out.parent.glob(f".{work.out.name}.*.tmp"):  # by a kill; the lease is ours now
                 shutil.rmtree(left, ignore_errors=True)
-            settings = own.variant.config.model_dump(mode="json", exclude={"tune", *own.variant.config.tune})
-            merge_config(own.run, {"model": own.base[0], "train": settings})
+            merge_config(own.run, {"model": own.base[0], "train": given.config.model_dump(mode="json")})
             write_atomically(own.folder / "partition.parquet", own.order.write_parquet)
         twin = None if given.force else _twin(own.run, unit, numbers["work"], config)
         if twin is not None:
@@ -358,10 +365,6 @@ def _add_row(path: Path, row: dict[str, Any]) -> None:
     """Add a finished step to STEPS; it, and what came after it before, give way."""
     old = pl.read_parquet(path).filter(pl.col("step") < row["step"]) if path.exists() else STEPS.to_frame()
     write_atomically(path, pl.concat([old, pl.DataFrame([row], STEPS)]).write_parquet)
-
-
-def _hash(ids: pl.Series) -> str:
-    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:32]
 
 
 def _save_inputs(run: Run, tables: dict[str, tuple[pl.DataFrame | None, pl.Schema]]) -> None:

@@ -135,7 +135,7 @@ def train_pairs(
         if config.lora_rank:
             trained = trained.merge_and_unload()  # in float32: a bf16 merge loses small updates
     metrics = _metrics(work, trainer.state.log_history)
-    handoff.check_losses(work, config, metrics.filter(pl.col("name") == "loss").sort("update")["value"])
+    handoff.check_losses(work, config, metrics.filter(pl.col("name") == "loss").sort("update")["value"], reference)
     vars(trained).pop("forward", None)  # what TRL put there
     return Trained(trained.eval(), metrics, trainer.state.global_step, watch.facts.get("start_gap"))
 

@@ -67,7 +67,7 @@ TrainStep = Callable[[StepWork, StepConfig], dict[str, Any]]
 
 def recipe(config: StepConfig) -> dict[str, Any]:
     """Give the settings that change the numbers of one step."""
-    return config.model_dump(exclude=NOT_NUMBERS | {"selective_share"})
+    return config.model_dump(exclude=NOT_NUMBERS)
 
 
 def count_updates(pairs: int, config: StepConfig) -> int:

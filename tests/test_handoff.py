@@ -100,14 +100,14 @@ def test_noise_is_allowed_and_more_is_not():
 def test_no_gap_is_told_where_the_start_is_not_the_reference():
     other = StepWork("target_from_s", 0, 2, pl.DataFrame(), "s", "k", "m", "l", None, pl.DataFrame())  # type: ignore[arg-type]
     assert check_start(other, FAST, 12.0, scores_of(9)) is None
-    check_losses(other, FAST, pl.Series([4.0]))  # the paper's Figure 3: near 4
+    check_losses(other, FAST, pl.Series([4.0]), scores_of(9))  # the paper's Figure 3: near 4
 
 
 def test_a_first_loss_that_is_not_that_of_a_zero_margin_is_caught():
     work = work_of(None)
-    check_losses(work, FAST, pl.Series([math.log(2) + 4e-4]))
+    check_losses(work, FAST, pl.Series([math.log(2) + 4e-4]), scores_of(9))
     with pytest.raises(SdpoError, match=r"first loss is 0\.69\d+, not 0\.693147 \(zero margin, sigmoid\)"):
-        check_losses(work, FAST, pl.Series([math.log(2) + 6e-4]))
+        check_losses(work, FAST, pl.Series([math.log(2) + 6e-4]), scores_of(9))
 
 
 LOSSES = Loss.__args__  # type: ignore[attr-defined]

@@ -189,6 +189,7 @@ def test_a_grid_gives_every_arm_at_every_point(inputs, tmp_path):
 
     grid = TrainConfig(arms=["dpo", "dpo_beta_over_t"], tune={"learning_rate": [1e-6, 2e-6], "beta": [0.3]})
     run_sdpo(pairs, partition, base, tmp_path, config=grid, train_step=train_step)
+    assert "1e-06" in (tmp_path / "config.yaml").read_text()  # the grid is remembered, as it was asked for
     assert seen == [
         ("dpo,learning_rate=1e-06,beta=0.3", 1e-6, 0.3),
         ("dpo,learning_rate=2e-06,beta=0.3", 2e-6, 0.3),
@@ -275,6 +276,12 @@ def test_the_adaptive_arm_takes_what_is_easiest_under_the_newest_model(inputs, t
     again = FakeStep()
     run_sdpo(pairs, partition, base, tmp_path, config=TrainConfig(arms=["adaptive"]), train_step=again)
     assert again.seen == []
+    other = partition.with_columns(step=4 - pl.col("step")).sort("step", "rank")  # --force: as if nothing were done
+    other = other.with_columns(rank=pl.int_range(pl.len(), dtype=pl.Int64))
+    other.write_parquet(tmp_path / "partition.parquet")
+    config = TrainConfig(arms=["adaptive"])
+    run_sdpo(pairs, other, base, tmp_path, config=config, train_step=again, rescore=moved_most, force=True)
+    assert set(again.seen[0].pairs["pair_id"]) == set(other.filter(step=1)["pair_id"]) != seen[0]
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -24,6 +24,7 @@ from sdpo_data.assets import cache_folder
 from sdpo_data.flex import flex_attention, tree_mask
 from sdpo_data.head import logits_to_logps, read_logps, run_head
 from sdpo_data.run import write_atomically
+from sdpo_data.tables import SdpoError
 from sdpo_data.tree import Bin, Request, Row, plan_bins, plan_rows
 
 if TYPE_CHECKING:
@@ -37,6 +38,13 @@ ROW_TOKENS = {"cpu": 512, "cuda": 8192}  # of a forward pass: beyond 512, dense 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.05, "float16": 0.01}  # nats a token, at the probe
 FLEX = ("cuda",)  # devices on which FlexAttention is tried; dense masks in short rows elsewhere
 PROBE = 24  # tokens of the smallest probe
+UNREADABLE = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    AttributeError,
+    IndexError,
+)  # from what knows no trees
 
 
 @dataclass(frozen=True)
@@ -331,7 +339,8 @@ def _probe(model: "PreTrainedModel", length: int) -> Reading:
         try:
             logits = model(input_ids=torch.from_numpy(ids[None, :PROBE]).to(model.device), use_cache=False).logits[0]
             split = run_head(model, _states(model, ids[:PROBE]))
-        except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
+        except UNREADABLE as error:
+            _note_unreadable(model, error)
             return Reading(0, length, split_head=False)
         allowed = TOLERANCE[str(model.dtype).removeprefix("torch.")]
         if (logits - split).abs().max() > allowed:
@@ -361,8 +370,8 @@ def _tree_is_right(model: "PreTrainedModel", ids: np.ndarray, length: int, allow
         together = np.zeros(sum(len(sequence) - 1 for sequence, _ in own), dtype=np.float32)
         for places, logps, _, _ in _tree(model, own, max(1, length // 2), flex=flex):
             together[places] = logps.float().cpu().numpy()
-    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, IndexError) as error:
-        log.debug("%s cannot read trees: %s", type(model).__name__, error)
+    except UNREADABLE as error:
+        _note_unreadable(model, error)
         return False
     ends = np.cumsum([len(sequence) - 1 for sequence, _ in own])[:-1]
     for place, packed in zip(bin_.sequences, np.split(together, ends), strict=True):
@@ -373,6 +382,16 @@ def _tree_is_right(model: "PreTrainedModel", ids: np.ndarray, length: int, allow
         if not np.abs(alone.float().cpu().numpy() - packed).max() <= allowed:
             return False
     return True
+
+
+def _note_unreadable(model: "PreTrainedModel", error: Exception) -> None:
+    """Say why a model is not read in trees; want of memory is no such reason, and must not be remembered as one."""
+    if "memory" in str(error):
+        raise SdpoError(
+            f"Memory ran out in a probe of how {type(model).__name__} can be read. Set score.max_length lower, or "
+            "score.dtype to bfloat16."
+        ) from error
+    log.info("%s cannot be read in prefix trees: %s", type(model).__name__, " ".join(str(error).split())[:200])
 
 
 def _states(model: "PreTrainedModel", ids: np.ndarray) -> "torch.Tensor":

@@ -26,10 +26,10 @@ from sdpo_data import flex
 from sdpo_data.prefix import read_model, read_tree
 from sdpo_data.tables import SdpoError
 from sdpo_data.tree import Request, count_tokens
+from sdpo_train.config import ROW_TOKENS
 
 log = logging.getLogger(__name__)
 
-ROW_TOKENS = {"cpu": 256, "cuda": 8192}  # of a forward pass: dense masks in rows of 512 cost a CPU 15 % more a token
 NOT_COMPUTED = ("entropy", "logits/chosen", "logits/rejected")  # a pass over (tokens, vocabulary) each, read by nothing
 
 

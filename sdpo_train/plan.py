@@ -1,5 +1,6 @@
 """What a call would train: arms and what tells them apart, units with their size and cost. Runs nothing."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -9,10 +10,9 @@ from sdpo_data.console import print_table, say
 from sdpo_data.run import Run
 from sdpo_train import cost
 from sdpo_train.arms import compare_arms, variants
-from sdpo_train.config import TrainConfig
+from sdpo_train.config import ROW_TOKENS, TrainConfig
 from sdpo_train.steps import Chain, chain
-
-ROW_TOKENS = 512  # what prefix.py takes per forward pass on a CPU; the plan is of the machine that prints it
+from sdpo_train.work import recipe
 
 
 def print_plan(run: Run, config: TrainConfig, model: str, *, as_json: bool) -> None:
@@ -41,35 +41,61 @@ def print_plan(run: Run, config: TrainConfig, model: str, *, as_json: bool) -> N
 
 
 def plan_units(run: Run, config: TrainConfig, model: str) -> list[dict[str, Any]]:
-    """List the units of work of a run, each as `cost.plan_unit` tells it, with `unit` (arm/seed/step) and `state`.
+    """List the units of work of a run, each as `cost.plan_unit` tells it for this machine, and with its state.
 
     Of an adaptive arm's later steps it is not known before which pairs they take: their tokens, memory
     and time are those of the pairs that S finds next.
+
+    Returns:
+        Rows with `unit` (arm/seed/step), `state` (done, to do, or the unit that it is the same as), and
+        what `cost.plan_unit` tells.
     """
-    partition, scores, shape = run.partition, run.scores, cost.read_shape(model)
-    seconds = run.lineage.get("scores", {}).get("seconds", 0.0)
+    partition, scores = run.partition, run.scores
     steps = run.steps.filter(pl.col("shared_from").is_null())
+    device, available = _device()
     known: dict[str, Any] = {
-        "available": cost.available_memory(),
-        "scored": (cost.count_tokens(scores), seconds),
+        "available": available,
+        "scored": (cost.count_tokens(scores), run.lineage.get("scores", {}).get("seconds", 0.0)),
         "trained": (int(steps["tokens"].sum()), float(steps["seconds"].sum())) if steps.height else None,
     }
-    chains = [chain(run, one, seed, partition, model, scores) for one in variants(config) for seed in config.seeds]
-    return [row for own in chains for row in _units(own, scores, shape, known)]
-
-
-def _units(own: Chain, scores: pl.DataFrame, shape: cost.Shape, known: dict[str, Any]) -> list[dict[str, Any]]:
-    rows = []
-    for step, config in enumerate(own.config, 1):
-        pairs = own.order.filter(pl.col("step") == step).select("pair_id").join(scores, on="pair_id")
-        unit = cost.Unit(
-            row_tokens=config.token_budget or ROW_TOKENS,
-            longest=config.max_length,
-            lora_rank=config.lora_rank,
-            gradient_checkpointing=config.gradient_checkpointing,
-            dtype=config.dtype,
-        )
-        size = cost.plan_unit(shape, pairs, unit, epochs=config.epochs, batch_pairs=config.batch_pairs, **known)
-        state = "to do" if own.row(step) is None else "done"
-        rows.append({"unit": f"{own.variant.label}/{own.seed}/{step}", "state": state, **size})
+    shape, seen, rows = cost.read_shape(model), {}, []
+    for own in (chain(run, one, seed, partition, model, scores) for one in variants(config) for seed in config.seeds):
+        for step, settings in enumerate(own.config, 1):
+            pairs = own.order.filter(pl.col("step") == step).select("pair_id").join(scores, on="pair_id")
+            unit = cost.Unit(
+                row_tokens=settings.token_budget or ROW_TOKENS[device],
+                longest=settings.max_length,
+                lora_rank=settings.lora_rank,
+                gradient_checkpointing=settings.gradient_checkpointing,
+                dtype=settings.dtype,
+                device=device,
+            )
+            size = cost.plan_unit(shape, pairs, unit, epochs=settings.epochs, batch_pairs=settings.batch_pairs, **known)
+            name = f"{own.variant.label}/{own.seed}/{step}"
+            first = seen.setdefault(_content(own, step), name)
+            state = "done" if own.row(step) else "to do" if first == name else f"as {first}"
+            rows.append({"unit": name, "state": state, **size})
     return rows
+
+
+def _content(own: Chain, step: int) -> str:
+    """Tell what a step computes before anything is trained: equal contents are computed once."""
+    arm = own.variant.arm
+    if not step:
+        return "S"
+    if arm.adaptive and step > 1:
+        return f"{own.name} {step}"
+    ids = own.order.filter(pl.col("step") == step).sort("rank")["pair_id"].to_list()
+    models = [_content(own, step - 1 if which == "previous" else 0) for which in (arm.start, arm.reference)]
+    place = [own.updates(one) for one in own.steps] if own.config[step - 1].schedule == "whole_run" else None
+    what = [recipe(own.config[step - 1]), own.seed, ids, models, place]
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _device() -> tuple[cost.Device, int]:
+    """Give the device that training here would use, and the bytes it has left."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda", torch.cuda.mem_get_info()[0]
+    return "cpu", cost.available_memory()

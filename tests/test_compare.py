@@ -280,8 +280,7 @@ def test_clean_questions_are_contrasted_beside_all(run, tmp_path, capsys):
 
 def test_fields_are_lm_evals_groups():
     harness = importlib.util.find_spec("lm_eval")
-    if harness is None:
-        pytest.skip("lm-eval is not installed")
+    assert harness is not None
     found: dict[str, list[str]] = {}
     for file in sorted((Path(harness.origin).parent / "tasks/mmlu/default").glob("mmlu_*.yaml")):
         text = file.read_text()

@@ -1,0 +1,76 @@
+"""What --plan says is what training then does: units, sizes, and which of them are the same."""
+
+import json
+
+import pytest
+
+from sdpo_data import PartitionConfig, partition_pairs, score_pairs
+from sdpo_data.run import Run
+from sdpo_train import TrainConfig, run_sdpo
+from sdpo_train.plan import plan_units
+from tests.test_steps import FakeStep
+
+CONFIG = TrainConfig(arms=["core", "dpo", "target_from_s", "cumulative", "adaptive"], batch_pairs=2, epochs=2)
+
+
+@pytest.fixture
+def run(pairs, tiny_model, tmp_path) -> Run:
+    """A run that is ready to train: pairs, scores, and a partition in three steps of 3, 3 and 2 pairs."""
+    run = Run(tmp_path / "run")
+    run.path.mkdir()
+    scores = score_pairs(pairs, tiny_model)
+    pairs.write_parquet(run.path / "pairs.parquet")
+    scores.write_parquet(run.path / "scores.parquet")
+    partition_pairs(scores, PartitionConfig(parts=3)).write_parquet(run.path / "partition.parquet")
+    return run
+
+
+def test_the_plan_is_what_is_then_trained(run, tiny_model):
+    planned = plan_units(run, CONFIG, str(tiny_model))
+    assert {unit["state"].split()[0] for unit in planned} == {"to", "as"}
+    fake = FakeStep()
+
+    def upside_down(pairs, *_):  # a model that finds hard what S finds easy: the adaptive arm goes its own way
+        scores, sides = score_pairs(pairs, tiny_model), {"chosen": "rejected", "rejected": "chosen"}
+        return scores.with_columns(
+            **{f"{side}_{what}": f"{other}_{what}" for side, other in sides.items() for what in ("logp", "tokens")}
+        )
+
+    steps = run_sdpo(
+        run.pairs, run.partition, tiny_model, run.path, scores=run.scores, config=CONFIG, train_step=fake,
+        rescore=upside_down,
+    )  # fmt: skip
+    trained = [f"{work.arm}/{work.seed}/{work.step}" for work in fake.seen]
+    assert [unit["unit"] for unit in planned if unit["state"] == "to do"] == trained
+    shared = steps.filter(steps["shared_from"].is_not_null())
+    expected = {f"{row['arm']}/{row['seed']}/{row['step']}": row["shared_from"] for row in shared.to_dicts()}
+    named = {unit["unit"]: unit["state"].removeprefix("as ") for unit in planned if unit["state"].startswith("as ")}
+    assert {unit: "arms/{}/seed_{}/step_{}".format(*other.split("/")) for unit, other in named.items()} == expected
+    assert [unit["pairs"] for unit in planned] == steps["pairs"].to_list()
+    assert {unit["state"] for unit in plan_units(run, CONFIG, str(tiny_model))} == {"done"}
+
+
+def test_sizes_by_hand(run, tiny_model):
+    """Steps of 3, 3 and 2 pairs, two at a time, twice over: 4, 4 and 2 updates."""
+    units = plan_units(run, CONFIG.model_copy(update={"arms": ["sdpo"]}), str(tiny_model))
+    assert [(unit["unit"], unit["pairs"], unit["updates"]) for unit in units] == [
+        ("sdpo/0/1", 3, 4), ("sdpo/0/2", 3, 4), ("sdpo/0/3", 2, 2)
+    ]  # fmt: skip
+    scores = run.scores
+    total = sum(scores[f"{part}_tokens"].sum() for part in ("prompt", "chosen", "rejected"))
+    assert sum(unit["tokens"] for unit in units) == 2 * total
+
+
+def test_the_command_prints_and_runs_nothing(run, tiny_model, run_command):
+    (run.path / "config.yaml").write_text(f"model: {tiny_model}\n")
+    code, out, err = run_command("sdpo_train", run.path, "--plan", "--arms", "sdpo", "sdpo_fixed")
+    assert (code, err) == (0, "")
+    assert "as sdpo/0/1" in out
+    code, out, _ = run_command("sdpo_train", run.path, "--plan", "--json", "--arms", "sdpo", "dpo")
+    told = json.loads(out)
+    assert [unit["unit"] for unit in told["units"]] == ["sdpo/0/1", "sdpo/0/2", "sdpo/0/3", "dpo/0/1"]
+    assert [arm["arm"] for arm in told["arms"]] == ["sdpo", "dpo"]
+    assert not (run.path / "arms").exists()
+    code, _, err = run_command("sdpo_train", run.path, "--json")
+    assert (code, err) == (2, "error: --json is how --plan is printed: give both, or neither to train.\n")
+    assert not (run.path / "arms").exists()

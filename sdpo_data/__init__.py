@@ -15,7 +15,7 @@ _HOME = {
     "ScoreConfig": "score",
     "ScoreStore": "store",
     "SdpoError": "tables",
-    "TrainerSettings": "trainers",
+    "TrainerSettings": "training",
     "check_pairs": "doctor",
     "decontaminate_pairs": "decontaminate",
     "describe_partition": "cards",

@@ -27,6 +27,9 @@ DEFAULT_MODEL = "embedded:smollm2-135m"
 SECTIONS = ("model", "pairs", "decontaminate", "score", "partition", "export", "train", "eval", "compare")
 
 
+KINDS = ("float", "int", "str", "list[float]", "list[int]")  # pydantic's names for the members of a union
+
+
 class Settings(pydantic.BaseModel):
     """Base of every settings model: frozen; an unknown key or another type (a quoted number, yes for 1) is an error."""
 
@@ -309,7 +312,7 @@ def _sentence(error: pydantic.ValidationError, place: str) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:  # two settings that do not go together
         return f"{place.rstrip('.-')}: {message}.".removeprefix(": ")
-    name = ".".join(str(part) for part in first["loc"])
+    name = ".".join(str(part) for part in first["loc"] if part not in KINDS)
     return f"{place}{name.replace('_', '-') if place.startswith('--') else name} is {first['input']!r}: {message}."
 
 

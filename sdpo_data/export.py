@@ -23,12 +23,14 @@ from sdpo_data.console import command, print_table, say
 from sdpo_data.messages import decode_messages
 from sdpo_data.run import write_atomically
 from sdpo_data.tables import MESSAGES, PAIRS, PARTITION, TEXT, SdpoError, check
-from sdpo_data.trainers import TRAINERS, Job, Row, TrainerSettings, llama_factory_info, llama_factory_row
+from sdpo_data.trainers import TRAINERS, Job, Row, llama_factory_info, llama_factory_row
+from sdpo_data.training import StepSettings, TrainerSettings, at_step
 
 log = logging.getLogger(__name__)
 
 Target = Literal["trl", "llama_factory", "axolotl", "openrlhf", "datasets"]
 FOLDER = "export"
+ASSUMED = {"loss": ["sigmoid"], "schedule": "per_step", "optimizer": "reset", "trl": {}}  # of every config written here
 ANSWERS = ("chosen", "rejected")
 SIDES = ("prompt", *ANSWERS)
 COLUMNS = ("pair_id", "source", "step", "rank", "format", *SIDES)
@@ -39,6 +41,12 @@ class ExportConfig(Settings):
     """Trainers to write configs for; datasets: a folder per step for datasets.load_from_disk."""
     device_pairs: int = pydantic.Field(2, ge=1)
     """Pairs per forward pass in those configs; must divide train.batch_pairs."""
+
+
+class TrainSection(TrainerSettings):
+    """Section train as it stands in config.yaml, with what only our own training knows."""
+
+    model_config = pydantic.ConfigDict(extra="allow")
 
 
 def export_steps(
@@ -68,15 +76,16 @@ def export_steps(
     config, training, out = config or ExportConfig(), training or TrainerSettings(), Path(out)
     steps = _ordered(pairs, partition)
     names = [name for name in dict.fromkeys(config.to) if name in TRAINERS]
+    settings = {step: _of_step(training, place, len(steps)) for place, step in enumerate(steps, 1)}
     for name in names:
         for step, rows in steps.items():
-            _refuse(name, step, rows, training)
+            _refuse(name, step, rows, settings[step], config)
     start = str(model_folder(model).resolve()) if is_embedded(model) or Path(model).exists() else model
     write_atomically(out / "steps", lambda folder: _write_steps(folder, steps, as_folders="datasets" in config.to))
     for name in names:
-        jobs = _chain(name, steps, start, training)
+        jobs = _chain(name, steps, start, settings, config)
         write_atomically(out / name, lambda folder, name=name, jobs=jobs: _write_trainer(folder, name, jobs, steps))
-    summary = _summary(steps, training, names)
+    summary = _summary(steps, settings, names)
     text = _readme(summary, names, training, as_folders="datasets" in config.to)
     write_atomically(out / "README.md", lambda path: path.write_text(text, encoding="utf-8"))
     return summary
@@ -87,7 +96,7 @@ def main() -> None:
     call = read_command("python -m sdpo_data.export", __doc__, "export", {"export": ExportConfig})
     config = call.settings["export"]
     assert isinstance(config, ExportConfig)
-    training = read_section(call.run, "train", TrainerSettings).model_copy(update={"device_pairs": config.device_pairs})
+    training = read_section(call.run, "train", TrainSection)
     recipe = {"model": call.model, **config.model_dump(), "train": training.model_dump()}
     with call.run.stage("export", recipe, ["pairs", "partition"], force=call.force) as stage:
         if stage.current:
@@ -97,7 +106,14 @@ def main() -> None:
         summary = export_steps(call.run.pairs, call.run.partition, call.model, out, config, training)
         stage.outputs += [f"{FOLDER}/README.md", *(f"{FOLDER}/steps/step_{step}.parquet" for step in summary["step"])]
     call.save()
+    for left in _not_handed_on(training):
+        say(f"not handed on: {left}")
     print_table(summary, f"{out}: see its README.md")
+
+
+def _of_step(training: TrainerSettings, step: int, steps: int) -> StepSettings:
+    own = at_step(training, step, steps, "the partition")
+    return StepSettings(**{name: own[name] for name in StepSettings.model_fields})
 
 
 def _ordered(pairs: pl.DataFrame, partition: pl.DataFrame) -> dict[int, list[Row]]:
@@ -136,7 +152,7 @@ def _row(pair: Row) -> Row:
     return {name: pair[name] for name in COLUMNS if name not in SIDES} | sides | {"tools": pair["tools"]}
 
 
-def _refuse(name: str, step: int, rows: Sequence[Row], training: TrainerSettings) -> None:
+def _refuse(name: str, step: int, rows: Sequence[Row], training: StepSettings, config: ExportConfig) -> None:
     """Refuse what the trainer would drop or change, before anything is written."""
     refused = [(row["pair_id"], reason) for row in rows if (reason := TRAINERS[name].refuse(row))]
     if refused:
@@ -150,19 +166,21 @@ def _refuse(name: str, step: int, rows: Sequence[Row], training: TrainerSettings
             f"export.to openrlhf: the {len(rows)} pairs of step {step} fill no batch of train.batch_pairs "
             f"{training.batch_pairs}, and OpenRLHF trains on whole batches alone. Lower it in config.yaml."
         )
-    if training.batch_pairs % training.device_pairs:
+    if training.batch_pairs % config.device_pairs:
         raise SdpoError(
-            f"train.batch_pairs {training.batch_pairs} is not a multiple of export.device_pairs "
-            f"{training.device_pairs}."
+            f"train.batch_pairs {training.batch_pairs} is not a multiple of export.device_pairs {config.device_pairs}."
         )
 
 
-def _chain(name: str, steps: dict[int, list[Row]], start: str, training: TrainerSettings) -> list[Job]:
+def _chain(
+    name: str, steps: dict[int, list[Row]], start: str, settings: dict[int, StepSettings], config: ExportConfig
+) -> list[Job]:
     """Give the job of every step: each starts from, and refers to, what the one before wrote."""
     jobs = []
     for step, rows in steps.items():
         out = f"models/{name}/step_{step}"
-        jobs.append(Job(step, len(rows), not isinstance(rows[0]["prompt"], str), start, out, training))
+        as_messages = not isinstance(rows[0]["prompt"], str)
+        jobs.append(Job(step, len(rows), as_messages, start, out, settings[step], config.device_pairs))
         start = out
     return jobs
 
@@ -212,10 +230,17 @@ def _dataset(rows: list[Row]) -> Any:
     )  # else Arrow fills every call's keys in everywhere
 
 
-def _summary(steps: dict[int, list[Row]], training: TrainerSettings, names: Sequence[str]) -> pl.DataFrame:
-    summary = pl.DataFrame({"step": list(steps), "pairs": [len(rows) for rows in steps.values()]})
-    left_out = (pl.col("pairs") % training.batch_pairs).alias("left out by openrlhf")
-    return summary.with_columns(left_out) if "openrlhf" in names else summary
+def _summary(steps: dict[int, list[Row]], settings: dict[int, StepSettings], names: Sequence[str]) -> pl.DataFrame:
+    columns = {"step": list(steps), "pairs": [len(rows) for rows in steps.values()]}
+    if "openrlhf" in names:
+        columns["left out by openrlhf"] = [len(rows) % settings[step].batch_pairs for step, rows in steps.items()]
+    return pl.DataFrame(columns)
+
+
+def _not_handed_on(training: TrainerSettings) -> list[str]:
+    """Name the settings of ours that no config written here has."""
+    own = training.model_extra or {}
+    return [f"train.{name}: {own[name]}" for name, usual in ASSUMED.items() if own.get(name, usual) != usual]
 
 
 def _readme(summary: pl.DataFrame, names: Sequence[str], training: TrainerSettings, *, as_folders: bool) -> str:
@@ -231,6 +256,8 @@ def _readme(summary: pl.DataFrame, names: Sequence[str], training: TrainerSettin
     parts = ["# Steps of a stepwise DPO (sDPO, arXiv 2403.19270) for other trainers", about, "\n".join(table)]
     if training.lora_rank:
         parts.append("The adapters of each step are merged before the next: else its reference were the first model.")
+    if left := _not_handed_on(training):
+        parts.append(f"Not handed on, and to be set by hand where the trainer has it: {'; '.join(left)}.")
     parts += [f"## {name}: {TRAINERS[name].version}\n\n{TRAINERS[name].promise}" for name in names]
     return "\n\n".join(parts) + "\n"
 

@@ -6,40 +6,13 @@ Every option here was read in the release that `version` names; what a trainer c
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import pydantic
-
-from sdpo_data.config import Settings
+from sdpo_data.training import StepSettings
 
 Row = dict[str, Any]
 Option = tuple[str, Any, str]  # key, value, why; an empty why says nothing
 Files = dict[str, str]  # path in the export folder -> text
-
-
-class TrainerSettings(Settings):
-    """The part of config.yaml's section train that every trainer has; sdpo_train.TrainConfig holds all of it."""
-
-    model_config = pydantic.ConfigDict(extra="ignore")
-
-    beta: float = pydantic.Field(0.1, gt=0)
-    """Strength of the pull towards the reference."""
-    learning_rate: float = pydantic.Field(5e-7, gt=0)
-    """Peak learning rate."""
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
-    """Learning-rate schedule, anew in every step."""
-    warmup: float = pydantic.Field(0.1, ge=0, lt=1)
-    """Share of a step's updates over which the learning rate rises."""
-    epochs: int = pydantic.Field(1, ge=1)
-    """Passes over a step's pairs."""
-    batch_pairs: int = pydantic.Field(32, ge=1)
-    """Pairs per optimiser update, on one device."""
-    device_pairs: int = pydantic.Field(2, ge=1)
-    """Pairs per forward pass: export.device_pairs, as ours are cut by tokens."""
-    lora_rank: int = pydantic.Field(0, ge=0)
-    """Rank of LoRA adapters, merged after every step; 0 trains all weights."""
-    max_length: int = pydantic.Field(1024, ge=2)
-    """Longest prompt + answer, tokens."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +26,9 @@ class Job:
     """A folder or hub id, for step 1; from step 2 on what the step before wrote."""
     out: str
     """Folder of the whole model the step gives, adapters merged."""
-    config: TrainerSettings
+    config: StepSettings
+    device_pairs: int
+    """Pairs per forward pass."""
 
     @property
     def data(self) -> str:
@@ -108,8 +83,8 @@ def _trl_yaml(job: Job) -> Files:
         ("lr_scheduler_type", config.lr_scheduler_type, ""),
         ("warmup_steps", config.warmup, "below 1 it is a share of the step's updates"),
         ("num_train_epochs", config.epochs, ""),
-        ("per_device_train_batch_size", config.device_pairs, ""),
-        ("gradient_accumulation_steps", _accumulation(config), "on one device"),
+        ("per_device_train_batch_size", job.device_pairs, ""),
+        ("gradient_accumulation_steps", _accumulation(job), "on one device"),
         ("max_length", config.max_length, "longer answers are cut, prompts of this length dropped"),
         ("save_strategy", "no", "the end is saved all the same"),
         ("logging_steps", 1, ""),
@@ -119,7 +94,7 @@ def _trl_yaml(job: Job) -> Files:
         options += [
             ("use_peft", True, "the reference is the start with the adapter off"),
             ("lora_r", config.lora_rank, ""),
-            ("lora_alpha", 2 * config.lora_rank, ""),
+            ("lora_alpha", config.lora_alpha or 2 * config.lora_rank, ""),
             ("lora_target_modules", ["all-linear"], ""),
         ]
     return {f"trl/step_{job.step}.yaml": write_yaml(options)}
@@ -203,8 +178,8 @@ def _llama_factory_files(job: Job) -> Files:
         ("lr_scheduler_type", config.lr_scheduler_type, ""),
         ("warmup_ratio", config.warmup, ""),
         ("num_train_epochs", float(config.epochs), ""),
-        ("per_device_train_batch_size", config.device_pairs, ""),
-        ("gradient_accumulation_steps", _accumulation(config), "on one device"),
+        ("per_device_train_batch_size", job.device_pairs, ""),
+        ("gradient_accumulation_steps", _accumulation(job), "on one device"),
         ("bf16", True, "the forward pass; trained weights are float32"),
         ("save_strategy", "no", "the end is saved all the same"),
         ("logging_steps", 1, ""),
@@ -231,7 +206,7 @@ def _llama_factory_method(job: Job) -> list[Option]:
     return [
         ("finetuning_type", "lora", "its reference is the start with the adapter off"),
         ("lora_rank", rank, ""),
-        ("lora_alpha", 2 * rank, ""),
+        ("lora_alpha", job.config.lora_alpha or 2 * rank, ""),
         ("lora_target", "all", ""),
         ("create_new_adapter", True, "a continued one would have the model before all steps as its reference"),
     ]
@@ -290,8 +265,8 @@ def _axolotl_files(job: Job) -> Files:
         ("lr_scheduler", config.lr_scheduler_type, ""),
         ("warmup_ratio", config.warmup, ""),
         ("num_epochs", float(config.epochs), ""),
-        ("micro_batch_size", config.device_pairs, ""),
-        ("gradient_accumulation_steps", _accumulation(config), "on one device"),
+        ("micro_batch_size", job.device_pairs, ""),
+        ("gradient_accumulation_steps", _accumulation(job), "on one device"),
         ("optimizer", "adamw_torch", ""),
         ("bf16", False, "true loads the weights in bfloat16, where small updates vanish between the steps"),
         ("save_strategy", "no", "the end is saved all the same"),
@@ -301,7 +276,7 @@ def _axolotl_files(job: Job) -> Files:
         options += [
             ("adapter", "lora", ""),
             ("lora_r", config.lora_rank, ""),
-            ("lora_alpha", 2 * config.lora_rank, ""),
+            ("lora_alpha", config.lora_alpha or 2 * config.lora_rank, ""),
             ("lora_target_linear", True, ""),
         ]
     return {f"axolotl/step_{job.step}.yaml": write_yaml(options)}
@@ -355,11 +330,11 @@ def _openrlhf_files(job: Job) -> Files:
         f"--lr_warmup_ratio {config.warmup}",
         f"--train.max_epochs {config.epochs}",
         f"--train.batch_size {config.batch_pairs}",
-        f"--train.micro_batch_size {config.device_pairs}",
+        f"--train.micro_batch_size {job.device_pairs}",
         f"--ckpt.output_dir {job.trained}",
     ]
     if config.lora_rank:
-        options.append(f"--ds.lora.rank {config.lora_rank} --ds.lora.alpha {2 * config.lora_rank}")
+        options.append(f"--ds.lora.rank {config.lora_rank} --ds.lora.alpha {config.lora_alpha or 2 * config.lora_rank}")
     command = " \\\n    ".join(["deepspeed openrlhf/in_order.py", *options])
     return {f"openrlhf/step_{job.step}.sh": f"#!/usr/bin/env bash\n# from the export folder\n{command}\n"}
 
@@ -415,8 +390,8 @@ def _messages(row: Row) -> list[Row]:
     return [*row["prompt"], *row["chosen"], *row["rejected"]]
 
 
-def _accumulation(config: TrainerSettings) -> int:
-    return config.batch_pairs // config.device_pairs
+def _accumulation(job: Job) -> int:
+    return job.config.batch_pairs // job.device_pairs
 
 
 def _quoted(text: str) -> str:

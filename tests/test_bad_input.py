@@ -122,6 +122,7 @@ def test_an_unknown_setting(refused, run, module, section, setting, close):
         (DECONTAMINATE, ["--coverage", "nan"], "--coverage is nan: Input should be a finite number."),
         (DECONTAMINATE, ["--rules", "9-gram"], "invalid choice '9-gram' for argument '--rules'"),
         (SCORE, ["--dtype", "int8"], "invalid choice 'int8' for argument '--dtype'"),
+        (TRAIN, ["--beta", "0.1", "-1"], "--beta is [0.1, -1.0]: -1.0 is not above 0."),
         (TRAIN, ["--learning-rate", "0"], "--learning-rate is 0.0: 0.0 is not above 0."),
         (TRAIN, ["--token-budget", "0"], "--token-budget is 0: Input should be greater than or equal to 1."),
         (EVAL, ["--limit", "0"], "--limit is 0: Input should be greater than or equal to 1."),

@@ -17,10 +17,11 @@ from sdpo_data.models import load_tokenizer
 from sdpo_data.pairs import read_pairs
 from sdpo_data.run import Run
 from sdpo_data.tables import PAIRS, PARTITION, SdpoError
-from sdpo_data.trainers import TRAINERS, TrainerSettings, write_yaml
+from sdpo_data.trainers import TRAINERS, write_yaml
+from sdpo_data.training import TrainerSettings
 
-ALL = ExportConfig(to=["trl", "llama_factory", "axolotl", "openrlhf", "datasets"])
-SMALL = TrainerSettings(batch_pairs=2, device_pairs=1)
+ALL = ExportConfig(to=["trl", "llama_factory", "axolotl", "openrlhf", "datasets"], device_pairs=1)
+SMALL = TrainerSettings(batch_pairs=2)
 LORA = SMALL.model_copy(update={"lora_rank": 4})
 MODEL = "org/model"
 
@@ -210,9 +211,19 @@ def test_numbers_stay_numbers_for_every_reader_of_yaml():
 def test_the_settings_are_those_of_the_train_section():
     from sdpo_train import TrainConfig
 
-    ours, theirs = TrainerSettings.model_fields, TrainConfig.model_fields
-    shared = ours.keys() - {"device_pairs"}  # other trainers' way of cutting a batch
-    assert {name: ours[name].default for name in shared} == {name: theirs[name].default for name in shared}
+    assert issubclass(TrainConfig, TrainerSettings)
+
+
+def test_a_list_gives_each_step_its_own_value(export, pairs):
+    """And `left out` counts by the step's own batch: 4 pairs in batches of 3 leave 1, in batches of 4 none."""
+    lists = TrainerSettings(batch_pairs=[3, 4], learning_rate=[1e-6, 2e-6], lora_rank=4, lora_alpha=6)
+    folder = export(training=lists)
+    configs = [yaml.safe_load((folder / f"trl/step_{step}.yaml").read_text()) for step in (1, 2)]
+    assert [(one["learning_rate"], one["gradient_accumulation_steps"]) for one in configs] == [(1e-6, 3), (2e-6, 4)]
+    assert {one["lora_alpha"] for one in configs} == {6}
+    assert "| 1 | 4 | 1 |\n| 2 | 4 | 0 |" in (folder / "README.md").read_text()
+    with pytest.raises(SdpoError, match=r"train.beta has 3 values, but the partition has 2 step\(s\)"):
+        export(training=TrainerSettings(batch_pairs=2, beta=[0.1, 0.2, 0.3]))
 
 
 # --- the command
@@ -236,6 +247,17 @@ def test_the_command_takes_the_settings_of_the_run(run, run_command):
     assert (config["beta"], config["gradient_accumulation_steps"]) == (0.01, 2)
     assert "export" in Run(run).lineage
     assert run_command("sdpo_data.export", run)[1] == f"up to date: {run / 'export'}\n"
+
+
+def test_what_the_configs_cannot_say_is_said(run, run_command):
+    (run / "config.yaml").write_text(
+        "model: org/model\ntrain: {loss: [ipo], trl: {weight_decay: 0.1}, seeds: [0, 1]}\n"
+    )
+    code, out, _ = run_command("sdpo_data.export", run)
+    assert code == 0
+    assert "not handed on: train.loss: ['ipo']\nnot handed on: train.trl: {'weight_decay': 0.1}\n" in out
+    assert "seeds" not in out
+    assert "to be set by hand where the trainer has it: train.loss: ['ipo']" in (run / "export/README.md").read_text()
 
 
 def test_what_a_trainer_wrote_outlives_a_new_export(run, run_command):
@@ -294,7 +316,7 @@ def test_trl_trains_the_chain_in_our_order(pairs, partition, tiny_model, tmp_pat
     import trl
     from trl.scripts.dpo import main as trl_dpo
 
-    training = TrainerSettings(batch_pairs=2, device_pairs=2, lora_rank=lora_rank, learning_rate=1e-2, epochs=2)
+    training = TrainerSettings(batch_pairs=2, lora_rank=lora_rank, learning_rate=1e-2, epochs=2)
     export_steps(pairs, partition, str(tiny_model), tmp_path, ExportConfig(to=["trl"]), training)
     monkeypatch.chdir(tmp_path)
     reached, losses = [], []

@@ -78,7 +78,7 @@ def _say_primary(evidence: Evidence) -> str:
     wanted = f"{config.primary} by {TITLES.get(config.primary_task, config.primary_task)}"
     if evidence.contrasts["primary"].any():
         return f"The primary contrast is {wanted}; the verdicts of all others are adjusted for being several."
-    return f"All verdicts are adjusted for being several; {wanted}, the primary one, is not among them once."
+    return f"All verdicts are adjusted for being several; {wanted}, the primary one, cannot be had from this run."
 
 
 def tell_h4(evidence: Evidence) -> Iterator[Block]:

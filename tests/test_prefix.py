@@ -10,6 +10,7 @@ import transformers
 
 from sdpo_data import prefix
 from sdpo_data.prefix import plan_work, read_model, read_tree, row_tokens, score_bin, score_completions
+from sdpo_data.tables import SdpoError
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 128}  # fmt: skip
@@ -199,3 +200,17 @@ def test_uniform_model_by_hand():
     model.transformer.ln_f.weight.data.zero_()
     [completion] = scored(model, [([1, 2, 3, 4, 5], 2)], 10)
     assert completion.logps.sum() == pytest.approx(-3 * math.log(60), abs=1e-4)
+
+
+def test_want_of_memory_is_not_remembered_as_a_model_that_knows_no_trees(monkeypatch, own_cache):
+    model = build("llama")
+
+    def full(*_, **__):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prefix, "_tree", full)
+        with pytest.raises(SdpoError, match="Memory ran out in a probe of how LlamaForCausalLM can be read"):
+            prefix.read_model(model)
+    assert list(own_cache.rglob("*.json")) == []
+    assert prefix.read_model(model).packed_length > 0

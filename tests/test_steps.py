@@ -112,6 +112,33 @@ def test_finished_steps_are_not_trained_with_other_settings(inputs, tmp_path):
     assert [work.step for work in forced.seen] == [1, 2, 3]
 
 
+def test_a_forced_run_that_was_killed_goes_on_where_it_was(inputs, tmp_path):
+    """Step 1 was trained anew and took the rows of steps 2 and 3 with it; their old selves are not up to date."""
+    pairs, partition, base = inputs
+    run_sdpo(pairs, partition, base, tmp_path, train_step=FakeStep())
+    with pytest.raises(KeyboardInterrupt):
+        run_sdpo(pairs, partition, base, tmp_path, force=True, train_step=FakeStep(dies_at=("sdpo", 2)))
+    again = FakeStep()
+    steps = run_sdpo(pairs, partition, base, tmp_path, train_step=again)
+    assert [work.step for work in again.seen] == [2, 3]
+    assert steps["step"].to_list() == [1, 2, 3]
+
+
+def test_a_run_can_be_moved_and_tells_only_of_steps_it_has(inputs, tmp_path):
+    pairs, partition, base = inputs
+    run_sdpo(pairs, partition, base, tmp_path / "a", units=["sdpo/0/1"], train_step=FakeStep())
+    (tmp_path / "a").rename(tmp_path / "b")
+    again = FakeStep()
+    run_sdpo(pairs, partition, base, tmp_path / "b", train_step=again)
+    assert [work.start for work in again.seen] == [str(tmp_path / f"b/arms/sdpo/seed_0/step_{step}") for step in (1, 2)]
+    run = Run(tmp_path / "b")
+    assert run.steps["model"][0] == str(tmp_path / "b/arms/sdpo/seed_0/step_1")
+    assert run.metrics["step"].to_list() == [1, 2, 3]
+    rows = pl.read_parquet(run.path / "arms/sdpo/seed_0/steps.parquet")
+    rows.filter(pl.col("step") < 3).write_parquet(run.path / "arms/sdpo/seed_0/steps.parquet")  # fewer parts, --force
+    assert run.metrics["step"].to_list() == [1, 2]
+
+
 def test_the_run_folder_keeps_the_inputs_and_refuses_others(inputs, tmp_path):
     pairs, partition, base = inputs
     run_sdpo(pairs, partition, base, tmp_path, train_step=FakeStep())

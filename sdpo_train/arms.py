@@ -10,6 +10,7 @@ import polars as pl
 from sdpo_data import orders
 from sdpo_data.tables import PARTITION, SdpoError, check
 from sdpo_train.config import StepConfig, TrainConfig, step_config
+from sdpo_train.cost import count_tokens
 from sdpo_train.work import count_updates
 
 Model = Literal["previous", "base"]
@@ -138,31 +139,31 @@ def arm_partition(
         own = orders.order_within(own, "shuffle", seed=seed)
     if arm.cumulative:
         own = orders.accumulate(own, seed=seed)
-    return own.with_columns(step=pl.lit(1, pl.Int64)) if arm.one_step else own
+    if arm.one_step:  # of a cumulative partition every pair once, where it comes first
+        own = own.unique("pair_id", keep="first", maintain_order=True)
+        return own.with_columns(step=pl.lit(1, pl.Int64), rank=pl.int_range(pl.len(), dtype=pl.Int64))
+    return own
 
 
-def arm_sizes(arm: Arm, partition: pl.DataFrame, selective_share: float = 0.5) -> list[int]:
-    """Count the pairs of each step of an arm; no seed changes them."""
-    if arm.selective:
-        partition = orders.drop_hardest(partition, selective_share)
-    sizes = partition.group_by("step").len().sort("step")["len"]
-    if arm.one_step:
-        return [int(sizes.sum())]
-    return (sizes.cum_sum() if arm.cumulative else sizes).to_list()
-
-
-def compare_arms(found: list[Variant], partition: pl.DataFrame) -> pl.DataFrame:
+def compare_arms(found: list[Variant], partition: pl.DataFrame, scores: pl.DataFrame) -> pl.DataFrame:
     """Say which arms differ in what, computed from their declarations, and where they are not equal in size.
 
+    Args:
+        scores: SCORES of the pairs under S.
+
     Returns:
-        A row per arm: arm, what it is, its steps, pairs and updates, and all in which it differs from
-        the first one.
+        A row per arm: arm, what it is, its steps, pairs, tokens (prompt + chosen + rejected, all epochs)
+        and updates, and all in which it differs from the first one. Of `adaptive` the tokens are those
+        of the pairs that S finds easiest.
     """
     rows = []
     for one in found:
-        sizes = arm_sizes(one.arm, partition, one.config.selective_share)
-        updates = [count_updates(n, arm_config(one, t, len(sizes), partition)) for t, n in enumerate(sizes, 1)]
-        row = {"steps": len(sizes), "pairs": sum(sizes), "updates": sum(updates)}
+        order = arm_partition(one.arm, partition, 0, scores, one.config.selective_share)
+        row = {"steps": order["step"].n_unique(), "pairs": order.height, "tokens": 0, "updates": 0}
+        for step, part in enumerate(order.partition_by("step"), 1):
+            config = arm_config(one, step, row["steps"], partition)
+            row["tokens"] += count_tokens(part.select("pair_id").join(scores, on="pair_id")) * config.epochs
+            row["updates"] += count_updates(part.height, config)
         fields = {
             key: value for key, value in dataclasses.asdict(one.arm).items() if key not in ("summary", "one_step")
         }

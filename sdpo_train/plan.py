@@ -17,7 +17,7 @@ from sdpo_train.work import recipe
 
 def print_plan(run: Run, config: TrainConfig, model: str, *, as_json: bool) -> None:
     """Show the arms, and every unit of work with its size, what it costs, and whether it is done."""
-    units, arms = plan_units(run, config, model), compare_arms(variants(config), run.partition)
+    units, arms = plan_units(run, config, model), compare_arms(variants(config), run.partition, run.scores)
     if as_json:
         say(json.dumps({"arms": arms.to_dicts(), "units": units}, indent=1))
         return

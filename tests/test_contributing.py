@@ -56,7 +56,6 @@ def test_a_task_is_added(tiny_model, tmp_path):
 
 
 def test_an_arm_is_added(scores, monkeypatch):
-    pytest.importorskip("sdpo_data.orders", reason="arms are declared by their order from then on")
     from sdpo_train import arms
 
     monkeypatch.setattr(arms, "ARMS", dict(arms.ARMS))
@@ -67,12 +66,11 @@ def test_an_arm_is_added(scores, monkeypatch):
     assert set(own.filter(step=1)["pair_id"]) >= hardest  # which has three of the five pairs now
     from sdpo_train.config import TrainConfig
 
-    told = arms.compare_arms(arms.variants(TrainConfig(arms=["sdpo", "hard_to_easy_fixed"])), partition)
+    told = arms.compare_arms(arms.variants(TrainConfig(arms=["sdpo", "hard_to_easy_fixed"])), partition, scores)
     assert "reference previous -> base" in told["against sdpo"][1]
 
 
 def test_a_cut_is_added(tmp_path):
-    pytest.importorskip("sdpo_data.cuts", reason="cuts have a room of their own from then on")
     shutil.copytree(ROOT / "sdpo_data", tmp_path / "sdpo_data", ignore=shutil.ignore_patterns("__pycache__"))
     diff = block("Add a cut", "diff")
     subprocess.run(["git", "apply", "--unidiff-zero", "-"], input=diff, text=True, cwd=tmp_path, check=True)

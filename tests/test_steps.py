@@ -7,7 +7,7 @@ from sdpo_data import PartitionConfig, open_run, partition_pairs, score_pairs
 from sdpo_data.models import load_model, model_key, save_model
 from sdpo_data.run import Run
 from sdpo_data.tables import METRICS, PARTITION, STEPS, SdpoError, check
-from sdpo_train.arms import ARMS, CORE, arm_partition, arm_sizes, compare_arms, variants
+from sdpo_train.arms import ARMS, CORE, arm_partition, compare_arms, variants
 from sdpo_train.config import TrainConfig
 from sdpo_train.steps import run_sdpo
 
@@ -265,6 +265,9 @@ DECLARED = {  # arm -> start and reference of steps 1, 2, 3: S is 0, M_t is t
 }
 
 
+SIZES = {"cumulative": [3, 6, 8], "selective": [2, 1, 1]}  # of steps of 3, 3 and 2 pairs; half of 8 is left
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_starts_from_and_refers_to_what_it_declares(inputs, tmp_path, arm):
     pairs, partition, base = inputs
@@ -275,7 +278,7 @@ def test_every_arm_starts_from_and_refers_to_what_it_declares(inputs, tmp_path, 
     starts, references = DECLARED[arm]
     assert [keys.index(work.start_key) for work in fake.seen] == starts
     assert [keys.index(work.reference_key) for work in fake.seen] == references
-    assert [work.pairs.height for work in fake.seen] == arm_sizes(ARMS[arm], partition)
+    assert [work.pairs.height for work in fake.seen] == SIZES.get(arm, [3, 3, 2] if len(starts) == 3 else [8])
 
 
 def test_the_adaptive_arm_takes_what_is_easiest_under_the_newest_model(inputs, tmp_path):
@@ -328,17 +331,25 @@ def test_every_arm_trains_on_every_pair_once_but_where_it_says_otherwise(inputs,
 
 
 def test_arms_are_compared_by_their_declarations(inputs):
-    _, partition, _ = inputs
+    pairs, partition, base = inputs
+    scores = score_pairs(pairs, base)
     found = variants(TrainConfig(arms=["sdpo", "random_fixed", "dpo", "cumulative"], batch_pairs=2))
-    table = compare_arms(found, partition)
+    table = compare_arms(found, partition, scores)
     assert table.select("arm", "steps", "pairs", "updates").rows() == [
         ("sdpo", 3, 8, 5), ("random_fixed", 3, 8, 5), ("dpo", 1, 8, 4), ("cumulative", 3, 17, 9),
     ]  # fmt: skip
+    tokens = [
+        partition.filter(step=step).join(scores, on="pair_id").select(
+            pl.sum_horizontal("prompt_tokens", "chosen_tokens", "rejected_tokens").sum()
+        ).item() for step in (1, 2, 3)
+    ]  # fmt: skip
+    once, thrice = sum(tokens), 3 * tokens[0] + 2 * tokens[1] + tokens[2]  # cumulative: part 1 in three steps
+    assert table["tokens"].to_list() == [once, once, once, thrice]
     assert table["against sdpo"].to_list() == [
         "the same",
         "order easy_to_hard -> random; reference previous -> base",
         "order easy_to_hard -> random; steps 3 -> 1; updates 5 -> 4",
-        "cumulative False -> True; pairs 8 -> 17; updates 5 -> 9",
+        f"cumulative False -> True; pairs 8 -> 17; tokens {once} -> {thrice}; updates 5 -> 9",
     ]
 
 

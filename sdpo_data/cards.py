@@ -12,7 +12,7 @@ from sdpo_data.describe import noise_band
 from sdpo_data.difficulty import difficulty_named
 from sdpo_data.intervals import clustered_means, effective_size, wilson_interval
 from sdpo_data.messages import plain_texts
-from sdpo_data.tables import LOGP_MARGIN, PARTITION, REWARD_ACCURACY, SCORES, TOKEN_DIFFERENCE, SdpoError, check
+from sdpo_data.tables import LOGP_MARGIN, PARTITION, SCORES, TOKEN_DIFFERENCE, SdpoError, check
 
 SHOWN = 5  # examples near each edge of a part and at its median
 EXCERPT = 300  # characters of a text in a notebook; a terminal's line has LINE
@@ -100,25 +100,6 @@ def describe_partition(
     definition = partition["definition"][0] if partition.height else "nothing"
     edges, noise = _stability(partition, scores, rescored, definition)
     return Cards(_part_figures(partition, scores), _examples(partition, pairs), edges, noise, definition)
-
-
-def describe_parts(partition: pl.DataFrame, scores: pl.DataFrame) -> pl.DataFrame:
-    """Sum up each step: pairs, tokens, sources, difficulty from easiest to hardest, reward accuracy."""
-    joined = partition.join(scores.drop("source"), on="pair_id")
-    return (
-        joined.group_by("step")
-        .agg(
-            pairs=pl.len(),
-            tokens=(2 * pl.col("prompt_tokens") + pl.col("chosen_tokens") + pl.col("rejected_tokens")).sum(),
-            sources=pl.col("source").unique().sort().str.join(", "),
-            easiest=pl.col("difficulty").min(),
-            median=pl.col("difficulty").median(),
-            hardest=pl.col("difficulty").max(),
-            reward_accuracy=REWARD_ACCURACY,
-            mean_margin=LOGP_MARGIN.mean(),
-        )
-        .sort("step")
-    )
 
 
 def describe_edges(partition: pl.DataFrame, band: float) -> pl.DataFrame:

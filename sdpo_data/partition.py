@@ -19,10 +19,7 @@ import polars as pl
 import pydantic
 
 from sdpo_data import orders, workers
-from sdpo_data.cards import count_edge_pairs as count_edge_pairs
-from sdpo_data.cards import describe_edges as describe_edges
 from sdpo_data.cards import describe_partition
-from sdpo_data.cards import describe_parts as describe_parts
 from sdpo_data.config import Command, Settings, read_command
 from sdpo_data.console import command, say
 from sdpo_data.cuts import BY_VALUE, Cut, cut_by_rank, cut_by_value, refuse_small
@@ -34,8 +31,6 @@ from sdpo_data.tables import DROPPED, PARTITION, SCORES, SdpoError, check
 from sdpo_data.units import difficulties_of, measure_pairs, rank_units, unit_column
 
 log = logging.getLogger(__name__)
-
-HELD_OUT_PARTS = "held_out_parts"  # the table of the pairs that hold_out takes
 
 
 class PartitionConfig(Settings):
@@ -201,9 +196,9 @@ def make_partition(call: Command, scores: pl.DataFrame, pairs: pl.DataFrame) -> 
         divided = divide_pairs(scores, config, pairs=pairs)
         call.run.replace_dropped("partition", divided.dropped)
         if config.hold_out:
-            stage.write(HELD_OUT_PARTS, divided.held_out)
+            stage.write("held_out_parts", divided.held_out)
         else:
-            (call.run.path / f"{HELD_OUT_PARTS}.parquet").unlink(missing_ok=True)  # of settings before
+            (call.run.path / "held_out_parts.parquet").unlink(missing_ok=True)  # of settings before
         return stage.write("partition", divided.partition)
 
 

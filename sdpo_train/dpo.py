@@ -215,12 +215,16 @@ def _earlier(
     kept = work.out.parent / "step_1" / "held_out_base.parquet"
     if held_out is None or work.partition is None or work.step == 1 or not kept.exists():
         return {}
-    base = pl.read_parquet(kept)
+    if work.held_out_parts is None:
+        parts = split_held_out(pl.read_parquet(kept), work.partition)
+    else:
+        parts = {int(str(step)): rows for (step,), rows in work.held_out_parts.group_by("step")}
     found = {}
-    for part, rows in split_held_out(base, work.partition).items():
+    for part, rows in sorted(parts.items()):
         if part < work.step:
-            own = [frame.join(rows.select("pair_id"), on="pair_id", how="semi") for frame in held_out]
-            found[part] = (own[0], own[1])
+            before, after = (frame.join(rows, on="pair_id", how="semi") for frame in held_out)
+            if before.height:
+                found[part] = (before, after)
     return found
 
 

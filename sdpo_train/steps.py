@@ -88,6 +88,7 @@ class Inputs:
     pairs: pl.DataFrame
     scores: pl.DataFrame | None
     held_out: pl.DataFrame | None
+    held_out_parts: pl.DataFrame | None
     store: str | None
     token_budget: int | None
     force: bool
@@ -151,8 +152,8 @@ def run_sdpo(
     if workers.is_main():
         _save_inputs(run, {"pairs": (pairs, PAIRS), "partition": (partition, PARTITION), "scores": (scores, SCORES)})
     workers.wait()
-    held_out = run.held_out if (run.path / "held_out.parquet").exists() else None
-    given = Inputs(config, pairs, scores, held_out, store, token_budget, force, train_step, rescore)
+    held_out, held_out_parts = _held_out(run, pairs)
+    given = Inputs(config, pairs, scores, held_out, held_out_parts, store, token_budget, force, train_step, rescore)
     chains = [
         chain(run, one, seed, partition, str(model), scores, force=force) for one in found for seed in config.seeds
     ]
@@ -192,6 +193,16 @@ def chain(
     if variant.arm.adaptive and kept.exists() and not force:  # what finished steps trained on, their successors do not
         own.order = check(pl.read_parquet(kept), PARTITION, str(kept))
     return own
+
+
+def _held_out(run: Run, pairs: pl.DataFrame) -> tuple[pl.DataFrame | None, pl.DataFrame | None]:
+    """PAIRS that no step trains on, and PARTITION of those whose part is known; None where there are none."""
+    there = {name: (run.path / f"{name}.parquet").exists() for name in ("held_out", "held_out_parts")}
+    aside = [run.held_out] if there["held_out"] else []
+    parts = check(run.read("held_out_parts"), PARTITION, "held_out_parts") if there["held_out_parts"] else None
+    if parts is not None:
+        aside.append(parts.select("pair_id").join(pairs, on="pair_id", maintain_order="left"))
+    return (pl.concat(aside) if aside else None), parts
 
 
 def _wanted(chains: list[Chain], units: Sequence[str]) -> set[tuple[str, int, int]]:
@@ -234,7 +245,8 @@ def _run_unit(own: Chain, step: int, given: Inputs) -> None:
         out=own.run.path / unit,
         base=own.base[0],
         held_out=given.held_out,
-        partition=own.order,
+        partition=own.order if arm.order == "easy_to_hard" and not arm.cumulative else None,
+        held_out_parts=given.held_out_parts,
         definition=own.order["definition"][0],
         updates_before=sum(own.updates(earlier) for earlier in range(1, step)),
         updates_in_all=sum(own.updates(one) for one in own.steps),

@@ -36,7 +36,9 @@ class StepWork:
     held_out: pl.DataFrame | None = None
     """PAIRS that no step trains on, to tell what is forgotten."""
     partition: pl.DataFrame | None = None
-    """PARTITION of the whole arm: which part a held-out pair would have been in."""
+    """PARTITION of the whole arm, where its parts rise: which of them a held-out pair would have been in."""
+    held_out_parts: pl.DataFrame | None = None
+    """PARTITION of held-out pairs whose part is known (partition.hold_out): where there are any, they alone count."""
     definition: str = "margin_per_token"
     """The difficulty whose drift is told."""
     updates_before: int = 0

@@ -5,11 +5,15 @@ import math
 import polars as pl
 import pytest
 
+from sdpo_data import PartitionConfig
 from sdpo_data.models import load_model, model_key, save_model
+from sdpo_data.partition import divide_pairs
+from sdpo_data.run import Run
 from sdpo_data.score import score_pairs
-from sdpo_data.tables import METRICS, SCORES, SdpoError, check
-from sdpo_train.config import StepConfig
+from sdpo_data.tables import LOGP_MARGIN, METRICS, SCORES, SdpoError, check
+from sdpo_train.config import StepConfig, TrainConfig
 from sdpo_train.dpo import train_step
+from sdpo_train.steps import run_sdpo
 from sdpo_train.work import StepWork
 
 FAST = StepConfig(learning_rate=1e-3, batch_pairs=4, warmup=0.0)
@@ -117,3 +121,24 @@ def test_a_loss_that_is_not_finite_stops_the_step(work):
     with pytest.raises(SdpoError, match=r"the loss is nan at update \d+. Lower train.learning_rate"):
         train_step(work(), FAST.model_copy(update={"learning_rate": 1e38, "epochs": 2}))
     assert not work().out.exists()
+
+
+@pytest.mark.real
+def test_forgetting_is_told_of_the_pairs_that_each_part_holds_out(pairs, tiny_model, tmp_path):
+    """Of step 2, on the pair held out of part 1: margin under M_2 less that under M_1, nats."""
+    run = Run(tmp_path / "run")
+    run.path.mkdir()
+    scores = score_pairs(pairs, tiny_model)
+    divided = divide_pairs(scores, PartitionConfig(parts=2, hold_out=0.3))
+    assert sorted(divided.held_out["step"]) == [1, 2]  # one prompt of four, of each part
+    divided.held_out.write_parquet(run.path / "held_out_parts.parquet")
+    config = TrainConfig(learning_rate=1e-3, batch_pairs=2, kl_samples=0)
+    steps = run_sdpo(pairs, divided.partition, tiny_model, run.path, scores=scores, config=config)
+    told = dict(run.metrics.filter(step=2).select("name", "value").rows())
+    held = pairs.filter(pl.col("pair_id").is_in(divided.held_out.filter(step=1)["pair_id"].to_list()))
+    before, after = (score_pairs(held, model).select(LOGP_MARGIN).item() for model in steps["model"])
+    assert told["forgetting/part_1/margin_change"] == pytest.approx(after - before, abs=1e-4)
+    assert told["forgetting/part_1/pairs"] == 1
+    assert told["held_out/pairs"] == 2
+    assert not [name for name in told if name.startswith("forgetting/part_2")]
+    assert not run.metrics.filter(pl.col("name").str.starts_with("forgetting"), step=1).height

@@ -5,13 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from polars.testing import assert_frame_equal
 
+from sdpo_data.cards import count_edge_pairs, describe_edges, describe_partition
 from sdpo_data.config import read_command
 from sdpo_data.difficulty import DIFFICULTIES
 from sdpo_data.partition import (
     PartitionConfig,
-    count_edge_pairs,
-    describe_edges,
-    describe_parts,
     main,
     partition_pairs,
 )
@@ -71,11 +69,12 @@ def test_the_default_order_inside_a_step_is_a_shuffle_drawn_by_the_seed(scores):
 def test_description_of_the_parts_by_hand(scores):
     # step 1 = a d b, step 2 = c e; tokens: 2 x prompt + chosen + rejected
     #   a 14 + 6, d 20 + 17, b 16 + 7: 80 tokens; c 18 + 5, e 22 + 5: 50
-    # margins a +1, d -9, b -3: accuracy 1/3, mean -11/3; c +1, e +4: accuracy 1, mean 2.5
-    got = describe_parts(partition_pairs(scores, PartitionConfig()), scores)
-    assert got.rows() == [
-        (1, 3, 80, "chat, math", -3.0, -1.0, 0.0, 1 / 3, -11 / 3),
-        (2, 2, 50, "chat", 1.0, 1.875, 2.75, 1.0, 2.5),
+    # margins a +1, d -9, b -3: accuracy 1/3, median -3; c +1, e +4: accuracy 1, median 2.5
+    got = describe_partition(partition_pairs(scores, PartitionConfig()), scores).parts
+    columns = ["step", "pairs", "tokens", "sources", "easiest", "median", "hardest", "reward_accuracy", "margin_q50"]
+    assert got.select(columns).rows() == [
+        (1, 3, 80, "math 2, chat 1", -3.0, -1.0, 0.0, 1 / 3, -3.0),
+        (2, 2, 50, "chat 2", 1.0, 1.875, 2.75, 1.0, 2.5),
     ]
 
 

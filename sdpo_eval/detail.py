@@ -128,8 +128,11 @@ def tell_held_out(evidence: Evidence) -> Iterator[Block]:
         yield Drawing("displacement", lambda: plots_chain.plot_displacement(moved))
 
 
-def find_changes(first: Side, second: Side, documents: pl.DataFrame | None = None) -> pl.DataFrame:
+def find_changes(first: Side, second: Side, documents: pl.DataFrame) -> pl.DataFrame:
     """List every question that both answered, with how the right answer moved and what became of it.
+
+    Args:
+        documents: DOCUMENTS with their texts, such as `run.questions`.
 
     Returns:
         task, item_id, question (its text, or its id), outcome ("became right", "became wrong",
@@ -142,14 +145,13 @@ def find_changes(first: Side, second: Side, documents: pl.DataFrame | None = Non
     refuse_other_protocols(first, second)
     other = second.items.select(*QUESTION, was="correct", before="gold_logp")
     both = first.items.join(other, on=QUESTION).drop_nulls(["gold_logp", "before"])
-    if documents is not None:
-        both = both.join(documents.select(*QUESTION, "text"), on=QUESTION, how="left")
+    both = both.join(documents.select(*QUESTION, "text").unique(QUESTION, keep="first"), on=QUESTION, how="left")
     right, was = pl.col("correct") == 1, pl.col("was") == 1
     outcome = (
         pl.when(pl.col("correct").is_null() | pl.col("was").is_null()).then(pl.lit("no one right answer"))
         .when(right & was).then(pl.lit("right in both")).when(right).then(pl.lit("became right"))
         .when(was).then(pl.lit("became wrong")).otherwise(pl.lit("wrong in both"))
     )  # fmt: skip
-    text = pl.col("item_id") if documents is None else pl.coalesce("text", "item_id")
+    text = pl.coalesce("text", "item_id")
     change = pl.col("gold_logp") - pl.col("before")
     return both.select("task", "item_id", question=text, outcome=outcome, change=change).sort("task", "item_id")

@@ -191,7 +191,7 @@ def _data(run: Run, base: str | None, sources: Sequence[str], license: str | Non
 def _settings(made: dict[str, Any], arm: str, seed: int, steps: Sequence[int]) -> list[str]:
     entries = [made.get(_unit(arm, seed, step), {}) for step in steps]
     recipes = [entry.get("recipe", {}) for entry in entries]
-    names = dict.fromkeys(name for recipe in recipes for name in recipe if name not in ("start", "reference"))
+    names = dict.fromkeys(name for recipe in recipes for name in recipe if name not in ("start", "reference", "work"))
     rows = []
     for name in names:
         values = [str(recipe.get(name, "-")) for recipe in recipes]

@@ -23,7 +23,7 @@ tensors on Llama of transformers 5.23 (Mistral and Qwen2 are alike); beside them
 """
 PROCESS = {"cpu": 2**30, "cuda": 2**29}  # bytes before any model: Python with torch and TRL, or a GPU's context
 SPARE = 0.1  # share of the count by which a full fine-tune was above it
-SPARE_LORA = 0.45  # with LoRA on a CPU: saved tensors are as counted, but the process does not give back what it freed
+SPARE_LORA = 0.45  # with LoRA on a CPU, where it was above it by more; why was not found: saved tensors are as counted
 TILE = 2**28  # bytes of logits at once: the head runs over completion tokens in tiles
 Device = Literal["cpu", "cuda"]
 TIMES_FORWARD = 3.0

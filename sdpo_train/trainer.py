@@ -28,6 +28,7 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from trl import DPOConfig, DPOTrainer
+from trl.trainer import dpo_trainer
 
 from sdpo_data import workers
 from sdpo_data.console import progress
@@ -176,9 +177,10 @@ class PairTrainer(WholeUpdates, DPOTrainer):
 
     reference_given = False
 
-    def __init__(self, work: StepWork, config: StepConfig, watch: "_Watch", **given: Any):
-        self.work, self.config, self.watch = work, config, watch
-        super().__init__(**given)
+    def __init__(self, work: StepWork, config: StepConfig, **given: Any):
+        self.work, self.config = work, config
+        with _no_hash():
+            super().__init__(**given)
         if not self.reference_given or self.ref_model is not None:
             raise SdpoError(
                 f"{work.arm} step {work.step}: TRL did not take the reference log-probabilities that come with the "
@@ -230,6 +232,17 @@ class PairTrainer(WholeUpdates, DPOTrainer):
     def _trained(self) -> list[tuple[str, torch.nn.Parameter]]:
         model: Any = self.model
         return [(name, one) for name, one in model.named_parameters() if one.requires_grad]
+
+
+@contextlib.contextmanager
+def _no_hash() -> Iterator[None]:
+    """Keep TRL from hashing all weights for a cache of reference log-probabilities that is not used here."""
+    hash_module = dpo_trainer.hash_module
+    dpo_trainer.hash_module = lambda module: ""
+    try:
+        yield
+    finally:
+        dpo_trainer.hash_module = hash_module
 
 
 class _Watch(transformers.TrainerCallback):
@@ -293,7 +306,6 @@ def _trainer(
     trainer = PairTrainer(
         work,
         config,
-        watch,
         model=model,
         args=_arguments(config, scratch, work.seed),
         train_dataset=datasets.Dataset(rows.to_arrow()),

@@ -102,6 +102,17 @@ def test_a_start_with_other_weights_than_declared_is_caught(work, other_model):
         train_step(work(start=other_model), FAST)
 
 
+def test_trl_hashes_no_weights(work, monkeypatch):
+    from trl.trainer import dpo_trainer
+
+    def hash_module(_):
+        raise AssertionError("a pass over all weights for a cache that is not used")
+
+    monkeypatch.setattr(dpo_trainer, "hash_module", hash_module)
+    train_step(work(), FAST)
+    assert dpo_trainer.hash_module is hash_module  # and TRL has its own back
+
+
 def test_stale_reference_scores_are_caught_in_nats(work, pairs, other_model, tiny_model):
     """FIELD.md, fact 5: scores of other weights under the right name. Only the log-probabilities tell."""
     stale = score_pairs(pairs, other_model).with_columns(model_key=pl.lit(model_key(tiny_model)))

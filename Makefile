@@ -3,8 +3,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN ?= runs/demo
 DATA ?=
+STUDY ?= runs/study
+SOURCES ?=
 
-.PHONY: help demo test test-fast test-all check clean-demo
+.PHONY: help demo study test test-fast test-all check clean-demo
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -20,6 +22,16 @@ demo: .venv/installed  ## pairs -> scores -> partition -> sDPO -> H4 -> report, 
 	$(BIN)/python -m sdpo_eval $(RUN) $(if $(DATA),--data-dir $(DATA))
 	$(BIN)/python -m sdpo_eval.held_out $(RUN)
 	$(BIN)/python -m sdpo_eval.report $(RUN)
+
+study: .venv/installed  ## configs/study.yaml: seven arms, five seeds, into runs/study; hours on two cores, resumable (SOURCES="files of pairs")
+	$(BIN)/python -m sdpo_data.pairs $(STUDY) --config configs/study.yaml $(if $(SOURCES),--source $(SOURCES)) --check
+	$(BIN)/python -m sdpo_eval $(STUDY) --documents $(if $(DATA),--data-dir $(DATA))
+	$(BIN)/python -m sdpo_data.decontaminate $(STUDY)
+	$(BIN)/python -m sdpo_data.partition $(STUDY)
+	$(BIN)/python -m sdpo_train $(STUDY)
+	$(BIN)/python -m sdpo_eval.held_out $(STUDY)
+	$(BIN)/python -m sdpo_eval $(STUDY) $(if $(DATA),--data-dir $(DATA))
+	$(BIN)/python -m sdpo_eval.report $(STUDY)
 
 clean-demo:  ## remove runs/demo
 	rm -rf runs/demo

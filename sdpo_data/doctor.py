@@ -10,7 +10,7 @@ from sdpo_data.console import print_table, say
 from sdpo_data.duplicates import find_near_duplicates
 from sdpo_data.encode import encode_pairs, hidden, render_pair
 from sdpo_data.messages import plain_texts
-from sdpo_data.tables import MESSAGES, PAIRS, SdpoError, check
+from sdpo_data.tables import FINDINGS, MESSAGES, PAIRS, SdpoError, check
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,16 +18,6 @@ if TYPE_CHECKING:
     Loaded = PreTrainedModel | PreTrainedTokenizerBase | tuple[PreTrainedModel, PreTrainedTokenizerBase]
     Model = str | Path | Loaded
 
-FINDINGS = pl.Schema(
-    {  # one row per check, found or not
-        "check": pl.String,
-        "severity": pl.String,  # "wrong": not to be trained on as it is; "look": may be meant so; "fine": not found
-        "pairs": pl.Int64,  # affected
-        "share": pl.Float64,  # of all pairs
-        "pair_id": pl.String,  # the first affected; null where there is none
-        "remedy": pl.String,  # for the length bias, the verdict
-    }
-)
 Severity = Literal["wrong", "look"]
 THINKING = r"(?i)</?(?:think|thinking|thought|reasoning)>|<\|(?:begin|end)_of_thought\|>"
 FEW = 10  # pairs, below which no bias is called one

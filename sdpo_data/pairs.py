@@ -176,7 +176,7 @@ def main() -> None:
         "pairs",
         {"pairs": PairsConfig, "score": ScoreConfig},
         switches={
-            "check": "Say what is wrong with the pairs, as text and as the model's tokens.",
+            "check": "Say what is wrong with the pairs, as text and as the model's tokens: findings.parquet.",
             "fix": "Repair what has one right repair, and say what is wrong with the rest.",
         },
     )
@@ -192,7 +192,9 @@ def main() -> None:
     if call.asked:
         config = call.settings["score"]
         assert isinstance(config, ScoreConfig)
-        show_findings(check_pairs(pairs, call.model, config.max_length), pairs.height)
+        with call.run.stage("findings", {"max_length": config.max_length}, ["pairs"], force=True) as stage:
+            findings = stage.write("findings", check_pairs(pairs, call.model, config.max_length))
+        show_findings(findings, pairs.height)
 
 
 def count_sources(pairs: pl.DataFrame, run: Run) -> pl.DataFrame:

@@ -35,6 +35,16 @@ DROPPED = pl.Schema(
         "content": pl.String,  # the row as it was read, as JSON
     }
 )
+FINDINGS = pl.Schema(
+    {  # one row per check of the pairs, found or not: see doctor.py
+        "check": pl.String,
+        "severity": pl.String,  # "wrong": not to be trained on as it is; "look": may be meant so; "fine": not found
+        "pairs": pl.Int64,  # affected
+        "share": pl.Float64,  # of all pairs
+        "pair_id": pl.String,  # the first affected; null where there is none
+        "remedy": pl.String,  # for the length bias, the verdict
+    }
+)
 SCORES = pl.Schema(
     {  # one row per pair: what one model thinks of it
         "pair_id": pl.String,
@@ -128,6 +138,8 @@ RESULTS = pl.Schema(
         "subset": pl.String,  # "all" or "clean"
     }
 )
+UNIT = ["arm", "seed", "step"]
+"""The columns that name a model of a run; step 0 of arm "base" is the one before step 1."""
 DOCUMENTS = pl.Schema(
     {  # one row per text that an evaluation shows a model
         "protocol": pl.String,
@@ -148,7 +160,7 @@ CONTAMINATION = pl.Schema(
 NULLABLE = {
     "system", "rating_chosen", "rating_rejected", "tools",  # PAIRS, SCORES
     "against_key", "against_chosen_logp", "against_rejected_logp",  # SCORES
-    "row", "pair_id",  # DROPPED
+    "row", "pair_id",  # DROPPED; of FINDINGS pair_id alone
     "correct", "gold_logp", "stderr",  # ITEMS, RESULTS
     "max_start_gap", "shared_from",  # STEPS: an arm whose start is not its reference has no gap
 }  # fmt: skip
@@ -187,7 +199,7 @@ def check(frame: pl.DataFrame, schema: pl.Schema, name: str) -> pl.DataFrame:
         if frame[column].dtype != dtype:
             raise SdpoError(f"{name}.{column} is {frame[column].dtype}, expected {dtype}.")
         nulls = frame[column].null_count()
-        if nulls and not (column in NULLABLE and not (column == "pair_id" and schema != DROPPED)):
+        if nulls and not (column in NULLABLE and not (column == "pair_id" and schema not in (DROPPED, FINDINGS))):
             first = frame.with_row_index("_row").filter(pl.col(column).is_null())["_row"][0]
             raise SdpoError(
                 f"{name}.{column} has {nulls} null value(s), first at row {first}. "

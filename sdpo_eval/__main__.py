@@ -18,11 +18,11 @@ from sdpo_data import workers
 from sdpo_data.config import Command, read_command
 from sdpo_data.console import command, print_table, say
 from sdpo_data.models import load_tokenizer
+from sdpo_eval.contrasts import TITLES
 from sdpo_eval.evaluation import carry_out
 from sdpo_eval.h4 import MEAN, TASKS
 from sdpo_eval.plan import EvalConfig, list_documents, plan_evaluation, plan_questions
 
-TITLES = {name: task.title for name, task in TASKS.items()} | {MEAN: "H4"}
 SWITCHES = {
     "documents": "Write RUN/documents.parquet, the questions as text, and evaluate nothing.",
     "show": "Print the first and last tokens of one request per task, and evaluate nothing.",

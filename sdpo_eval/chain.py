@@ -5,16 +5,11 @@ from typing import Any
 
 import polars as pl
 
+from sdpo_data.tables import UNIT
 from sdpo_eval import plots_chain
 from sdpo_eval.blocks import Block, Drawing, Estimate, Heading, Prose, Table, write_number
 from sdpo_eval.detail import tell_forgetting, tell_held_out
-from sdpo_eval.evidence import (
-    UNIT,
-    Evidence,
-    last_metrics,
-    measure_drift,
-    measure_references,
-)
+from sdpo_eval.evidence import Evidence, last_metrics, measure_drift, measure_references
 from sdpo_eval.hardness import JUDGED, judgement
 from sdpo_eval.plots_chain import LOG_2
 from sdpo_eval.published import GAMMA_REF

@@ -17,20 +17,29 @@ import tyro
 
 from sdpo_data.console import command, print_table, say
 from sdpo_data.run import Run, open_run
-from sdpo_data.tables import SdpoError
+from sdpo_data.tables import ITEMS, SdpoError
 from sdpo_eval.changes import find_flips
 from sdpo_eval.clean import read_clean
-from sdpo_eval.contrasts import METHODS, CompareConfig, Side, choose_models, contrast_models, pair_seeds, tell_kind
-from sdpo_eval.h4 import MEAN, TASKS
+from sdpo_eval.contrasts import (
+    METHODS,
+    TITLES,
+    CompareConfig,
+    Side,
+    choose_models,
+    contrast_models,
+    pair_seeds,
+    tell_kind,
+)
+from sdpo_eval.h4 import MEAN
+from sdpo_eval.margins import HELD_OUT, as_documents, as_items, read_held_out
 
 WORSE = 3  # the exit code of --fail-if-worse; 1 is a bug, 2 the user's to fix
-TITLES = {name: task.title for name, task in TASKS.items()} | {MEAN: "H4"}
 
 
 def compare_models(
     run_a: str | Path | Run, run_b: str | Path | Run | None = None, *, a: str | None = None, b: str | None = None
 ) -> pl.DataFrame:
-    """Say how two models, or two arms over their seeds, differ on the questions that both answered.
+    """Say how two models, or two arms over their seeds, differ on the questions, and held-out pairs, both answered.
 
     Their H4 is the primary contrast; the tasks' p-values are adjusted (Holm). Where a run has been
     decontaminated, the questions that its training pairs do not hold are compared by themselves too.
@@ -73,7 +82,7 @@ def _contrast(first: Side, second: Side, runs: list[Run]) -> pl.DataFrame:
 
 def _chosen(run: Run, wanted: str | None) -> Side:
     """Find the models that ARM[/SEED[/STEP]] names, or the ones a run is about."""
-    items = run.items
+    items = pl.concat([run.items.select(list(ITEMS)), as_items(read_held_out(run))])
     if items.is_empty():
         raise SdpoError(f"{run.path} holds no answers. Make them with: python -m sdpo_eval {run.path}")
     if wanted is None:
@@ -92,9 +101,10 @@ def _chosen(run: Run, wanted: str | None) -> Side:
 def find_worse(contrasts: pl.DataFrame, margin: float) -> list[str]:
     """Say where the first is not shown to be at most `margin` points worse: non-inferiority.
 
-    Judged is H4, or every task where there is no H4; the methods, or every pair of checkpoints where
-    there is no verdict on methods; on all questions, clean or not. Shown it is where the 95 % interval does
-    not reach below -margin, so a first that is exactly so much worse passes in 2.5 %. No interval shows nothing.
+    Judged is H4, or every task where there is no H4, the held-out pairs only where they alone are there; the
+    methods, or every pair of checkpoints where there is no verdict on methods; on all questions, clean or not.
+    Shown it is where the 95 % interval does not reach below -margin, so a first that is exactly so much worse
+    passes in 2.5 %. No interval shows nothing.
 
     Args:
         contrasts: CONTRASTS frame of one comparison.
@@ -103,6 +113,8 @@ def find_worse(contrasts: pl.DataFrame, margin: float) -> list[str]:
         A sentence for each row that does not show it; empty if all do.
     """
     judged = contrasts.filter(metric="score", subset="all")
+    if judged["task"].n_unique() > 1:
+        judged = judged.filter(pl.col("task") != HELD_OUT)
     for column, best in (("verdict_on", METHODS), ("task", MEAN)):
         judged = judged.filter(pl.col(column) == best) if best in judged[column] else judged
     sentences = []
@@ -145,7 +157,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _print_flips(first: Side, second: Side, runs: list[Run], count: int) -> None:
-    texts = pl.concat([run.questions for run in runs])
+    pairs = [as_documents(run.held_out, scores) for run in runs if (scores := read_held_out(run)).height]
+    texts = pl.concat([*(run.questions for run in runs), *pairs])
     for one, two in pair_seeds(first, second):
         flips = find_flips(one, two, texts).sort(pl.col("gold_logp_change").abs(), descending=True, maintain_order=True)
         shown = flips.head(count).select("task", "item_id", "right", "gold_logp_change", "text")

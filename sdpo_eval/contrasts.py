@@ -11,6 +11,7 @@ from sdpo_data.config import Settings
 from sdpo_data.tables import SdpoError
 from sdpo_eval.clean import Clean
 from sdpo_eval.h4 import MEAN, TASKS
+from sdpo_eval.margins import HELD_OUT
 from sdpo_eval.stats import (
     ENOUGH_SEEDS,
     RESAMPLES,
@@ -23,6 +24,8 @@ from sdpo_eval.stats import (
     questions_needed,
 )
 
+TITLES = {name: task.title for name, task in TASKS.items()} | {MEAN: "H4", HELD_OUT: "held-out pairs"}
+"""What to call what models are compared by."""
 CHECKPOINTS = "these checkpoints"
 METHODS = "these methods"
 CONTRASTS = pl.Schema(
@@ -30,8 +33,8 @@ CONTRASTS = pl.Schema(
         "verdict_on": pl.String,  # CHECKPOINTS: would other questions say the same; METHODS: other seeds too
         "first": pl.String,
         "second": pl.String,
-        "task": pl.String,  # "h4" for the mean of the four
-        "metric": pl.String,  # score: points; gold_logp: nats; choice_margin: points
+        "task": pl.String,  # "h4" for the mean of the four; "held_out" for held-out pairs
+        "metric": pl.String,  # one of METRICS
         "subset": pl.String,  # all questions, or the clean ones
         "effect": pl.Float64,  # first - second
         "stderr": pl.Float64,  # null, as low, high and p, where nothing varies
@@ -50,8 +53,13 @@ CONTRASTS = pl.Schema(
         "p_mcnemar": pl.Float64,  # where a task's score is a plain share of right answers
     }
 )
-METRICS = {"score": 100 * pl.col("score"), "gold_logp": pl.col("gold_logp"), "choice_margin": 100 * pl.col("margin")}
-"""Metric -> what is subtracted of one question, in the unit of CONTRASTS.effect."""
+METRICS = {
+    "score": 100 * pl.col("score"),  # points
+    "gold_logp": pl.col("gold_logp"),  # nats
+    "logp_margin": pl.col("logp_margin"),  # nats
+    "choice_margin": 100 * pl.col("margin"),  # points
+}
+"""Metric -> what is subtracted of one question, in the unit of CONTRASTS.effect: see `_valued`."""
 FEWER_RESAMPLES = 2_000  # for metrics beside the score, whose values are all different and slow to draw
 QUESTION = ["protocol", "task", "item_id"]
 
@@ -60,7 +68,7 @@ class CompareConfig(Settings):
     primary: str = "sdpo - dpo"
     """The one contrast named beforehand, "ARM - ARM": it alone is not adjusted for looking at several."""
     primary_task: str = MEAN
-    """What the primary contrast is judged by: h4, or a task."""
+    """What the primary contrast is judged by: h4, one of its tasks, or held_out, the accuracy on held-out pairs."""
 
     @pydantic.field_validator("primary")
     @classmethod
@@ -249,17 +257,17 @@ def pair_questions(
 def _valued(items: pl.DataFrame, metric: str) -> pl.DataFrame:
     """Give each question's value of a metric, and the cluster it belongs to.
 
-    The margin is how much more of the choices' probability the right one has than the best wrong
-    one; null where there are several right ones (mc2).
+    logp_margin is by how much the right choice is likelier than the best wrong one (gamma, of a held-out pair), the
+    margin how much more of the choices' probability it has; null where there are several right ones (mc2).
     """
     logps = pl.col("choice_logps")
     best, next_best = logps.list.max(), logps.list.sort(descending=True).list.get(1, null_on_oob=True)
     wrong = pl.when(pl.col("gold_logp") == best).then(next_best).otherwise(best)
     whole = logps.list.eval((pl.element() - pl.element().max()).exp()).list.sum()
     margin = ((pl.col("gold_logp") - best).exp() - (wrong - best).exp()) / whole
-    return items.with_columns(margin=pl.when(pl.col("correct").is_not_null()).then(margin)).select(
-        *QUESTION, "subject", "correct", "cluster", value=METRICS[metric]
-    )
+    one_right = pl.when(pl.col("correct").is_not_null())
+    margins = {"margin": one_right.then(margin), "logp_margin": one_right.then(pl.col("gold_logp") - wrong)}
+    return items.with_columns(**margins).select(*QUESTION, "subject", "correct", "cluster", value=METRICS[metric])
 
 
 def _contrast(first: Side, second: Side, metric: str, clean: Sequence[Clean]) -> Iterator[dict[str, Any]]:

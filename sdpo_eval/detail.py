@@ -5,15 +5,18 @@ from typing import Any
 
 import polars as pl
 
+from sdpo_data.tables import UNIT
 from sdpo_eval import plots, plots_chain
 from sdpo_eval.blocks import Block, Drawing, Estimate, Heading, Prose, Table
 from sdpo_eval.changes import find_flips, find_forgetting
-from sdpo_eval.contrasts import METRICS, QUESTION, Side, contrast_models, pair_seeds, refuse_other_protocols
-from sdpo_eval.evidence import UNIT, Evidence, measure_displacement, pair_sides, summarise_margins
+from sdpo_eval.contrasts import METRICS, QUESTION, TITLES, Side, contrast_models, pair_seeds, refuse_other_protocols
+from sdpo_eval.evidence import Evidence, pair_sides
 from sdpo_eval.held_out import find_best_steps
-from sdpo_eval.verdict import TITLES, as_difference, name_command, name_contrast
+from sdpo_eval.margins import HELD_OUT, measure_displacement, summarise_margins
+from sdpo_eval.verdict import as_difference, name_command, name_contrast
 
 SHOWN_FLIPS = 5  # questions shown of each pair of models
+MOST_COUNTS = 24  # rows of a table that is not folded
 
 
 def tell_changes(evidence: Evidence) -> Iterator[Block]:
@@ -35,11 +38,11 @@ def tell_changes(evidence: Evidence) -> Iterator[Block]:
         cells = rows.setdefault(key, dict(zip(("contrast", "verdict_on", "task"), key, strict=True)))
         cells[row["metric"]] = as_difference(row)
     title = (
-        "How the right answer's log-probability changed, and its lead over the best wrong one in the choices' "
-        "shares of probability"
+        "How the right answer's log-probability changed, and its lead over the best wrong one, in log-probability and "
+        "in shares of the choices' probability"
     )
     if rows:
-        units = {"gold_logp": "nats", "choice_margin": "points"}
+        units = {"gold_logp": "nats", "logp_margin": "nats", "choice_margin": "points"}
         yield Table("likelihoods", title, list(rows.values()), units, folded=True)
     yield from _flips(evidence, models)
 
@@ -50,7 +53,7 @@ def tell_forgetting(evidence: Evidence) -> Iterator[Block]:
     models = [pair for one, two in sides for pair in pair_seeds(one, two)]
     if not models:
         return
-    table = pl.concat([find_forgetting(one, two) for one, two in models])
+    table = pl.concat([find_forgetting(one, two) for one, two in models]).filter(pl.col("task") != HELD_OUT)
     rows = []
     for row in table.iter_rows(named=True):
         difference = as_difference(row)
@@ -89,7 +92,7 @@ def _flips(evidence: Evidence, models: list[tuple[Side, Side]]) -> Iterator[Bloc
             for row in largest.iter_rows(named=True)
         ]
     if counts:
-        yield Table("flips", "Questions that one model alone gets right", counts)
+        yield Table("flips", "Questions that one model alone gets right", counts, folded=len(counts) > MOST_COUNTS)
         title = "Of these, where the right answer's log-probability changed most"
         yield Table("flipped_questions", title, shown, {"gold_logp_change": "nats"}, folded=True)
 

@@ -1,7 +1,7 @@
 """What the report rests on: a run folder's tables, and the numbers that are drawn from them."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,14 +12,13 @@ import ruamel.yaml
 
 from sdpo_data.config import read_section
 from sdpo_data.difficulty import difficulty_named
-from sdpo_data.intervals import clustered_means
 from sdpo_data.run import Run
 from sdpo_data.tables import (
     CONTAMINATION,
     DROPPED,
+    FINDINGS,
     ITEMS,
     LOGP_MARGIN,
-    MARGIN_PER_TOKEN,
     MESSAGES,
     METRICS,
     PAIRS,
@@ -27,16 +26,15 @@ from sdpo_data.tables import (
     RESULTS,
     SCORES,
     STEPS,
+    UNIT,
     SdpoError,
     check,
 )
 from sdpo_eval.contrasts import CompareConfig, Side, contrast_models
+from sdpo_eval.margins import HELD_OUT_SCORES, as_documents, as_items, read_held_out, summarise_margins
 
-UNIT = ["arm", "seed", "step"]
 Model = tuple[str, int, int]
 """arm, seed, step; step 0 is the base model."""
-HELD_OUT_SCORES = pl.Schema({**{name: STEPS[name] for name in UNIT}, **SCORES})
-"""SCORES of the held-out pairs under each model; step 0 of arm "base" is the base model."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +51,8 @@ class Evidence:
     dropped: pl.DataFrame
     contamination: pl.DataFrame | None
     """None where the pairs were not matched against what is evaluated."""
+    findings: pl.DataFrame | None
+    """None where the pairs were not checked."""
     scores: pl.DataFrame
     partition: pl.DataFrame
     results: pl.DataFrame
@@ -63,10 +63,17 @@ class Evidence:
     """SCORES of every step's pairs under that step's reference, with arm, seed and step."""
     held_out_scores: pl.DataFrame
     documents: pl.DataFrame
-    """protocol, task, item_id and text of the questions."""
+    """DOCUMENTS of the questions; the prompts of held-out pairs are among them."""
     compare: CompareConfig
     runs: tuple[str, ...] = ()
     """Names of the runs that this was merged of, see versus.py."""
+
+    @cached_property
+    def answers(self) -> pl.DataFrame:
+        """All that models are compared by: answers under the protocols of the results shown, and held-out pairs."""
+        shown = comparable_results(self.results)
+        items = self.items.join(shown, on=[*UNIT, "protocol", "task"], how="semi")
+        return pl.concat([items.select(list(ITEMS)), as_items(self.held_out_scores)])
 
     @cached_property
     def contrasts(self) -> pl.DataFrame:
@@ -87,6 +94,7 @@ def read_evidence(run: Run) -> Evidence:
     def table(name: str, schema: pl.Schema) -> pl.DataFrame:
         return check(run.read(name), schema, f"{name}.parquet") if there(name) else schema.to_frame()
 
+    held_out, held_out_scores = table("held_out", PAIRS), read_held_out(run)
     config = (run.path / "config.yaml").read_text("utf-8") if (run.path / "config.yaml").exists() else ""
     return Evidence(
         path=run.path,
@@ -94,9 +102,10 @@ def read_evidence(run: Run) -> Evidence:
         settings=_settings(run.path / "config.yaml", config),
         lineage=run.lineage,
         pairs=table("pairs", PAIRS),
-        held_out=table("held_out", PAIRS),
+        held_out=held_out,
         dropped=table("dropped", DROPPED),
         contamination=table("contamination", CONTAMINATION) if there("contamination") else None,
+        findings=table("findings", FINDINGS) if there("findings") else None,
         scores=table("scores", SCORES),
         partition=table("partition", PARTITION),
         results=table("results", RESULTS),
@@ -104,17 +113,10 @@ def read_evidence(run: Run) -> Evidence:
         metrics=check(run.metrics, METRICS, "metrics.parquet"),
         items=check(run.items, ITEMS, "items"),
         references=_references(run),
-        held_out_scores=read_held_out(run),
-        documents=run.questions,
+        held_out_scores=held_out_scores,
+        documents=pl.concat([run.questions, as_documents(held_out, held_out_scores)]),
         compare=read_section(run, "compare", CompareConfig),
     )
-
-
-def read_held_out(run: Run) -> pl.DataFrame:
-    """Read what `held_out.score_held_out` has written so far: a HELD_OUT_SCORES frame."""
-    tables = [f"held_out_scores/{file.stem}" for file in sorted(run.path.glob("held_out_scores/*.parquet"))]
-    frames = [check(run.read(table), HELD_OUT_SCORES, table) for table in tables]
-    return pl.concat([HELD_OUT_SCORES.to_frame(), *frames]).sort(*UNIT, "pair_id")
 
 
 def _settings(path: Path, text: str) -> dict[str, Any]:
@@ -145,14 +147,14 @@ def comparable_results(results: pl.DataFrame, subset: str = "all") -> pl.DataFra
     return results.join(asked.unique("task", keep="first"), on=["task", "protocol"], how="semi", maintain_order="left")
 
 
-def find_base(results: pl.DataFrame) -> Model | None:
-    rows = results.filter(arm="base", step=0).select(UNIT).rows()
+def find_base(models: pl.DataFrame) -> Model | None:
+    rows = models.filter(arm="base", step=0).select(UNIT).rows()
     return rows[0] if rows else None
 
 
-def find_lasts(results: pl.DataFrame) -> list[Model]:
-    """Find the last model of every arm and seed, sdpo's first."""
-    others = results.filter(pl.col("arm") != "base").group_by("arm", "seed").agg(pl.col("step").max())
+def find_lasts(models: pl.DataFrame) -> list[Model]:
+    """Find the last model of every arm and seed, sdpo's first, in RESULTS or in answers."""
+    others = models.filter(pl.col("arm") != "base").group_by("arm", "seed").agg(pl.col("step").max())
     return others.sort(~pl.col("arm").str.contains("(^|: )sdpo$"), "arm", "seed").select(UNIT).rows()
 
 
@@ -164,18 +166,17 @@ def pair_sides(evidence: Evidence) -> list[tuple[Side, Side]]:
     Seeds that end at different steps make different sides; sides of several seeds each, none of
     them shared, are not set against each other.
     """
-    results = comparable_results(evidence.results)
-    items = evidence.items.join(results, on=["protocol", "task"], how="semi")
+    answers = evidence.answers
 
     def side(arm: str, step: int, seeds: list[int]) -> Side:
-        own = items.filter(pl.col("arm") == arm, pl.col("step") == step, pl.col("seed").is_in(seeds))
+        own = answers.filter(pl.col("arm") == arm, pl.col("step") == step, pl.col("seed").is_in(seeds))
         return Side(f"{arm} step {step}" if step else arm, arm, own)
 
     ends: dict[tuple[str, int], list[int]] = {}
-    for arm, seed, step in find_lasts(results):
+    for arm, seed, step in find_lasts(answers):
         ends.setdefault((arm, step), []).append(seed)
     lasts = [side(arm, step, seeds) for (arm, step), seeds in ends.items()]
-    base = side("base", 0, [0]) if find_base(results) else None
+    base = side("base", 0, [0]) if find_base(answers) else None
     pairs = [(last, base) for last in lasts if base]
     pairs += [(one, two) for one in lasts for two in lasts if _opposed(one.arm, two.arm, evidence.runs)]
     return [(one, two) for one, two in pairs if _comparable(one, two)]
@@ -206,50 +207,6 @@ def measure_references(evidence: Evidence) -> pl.DataFrame:
         [base.with_columns(reference=pl.lit("base model")), own.with_columns(reference=pl.lit("own reference"))]
     )
     return summarise_margins(judged, [*UNIT, "reference"])
-
-
-def summarise_margins(scores: pl.DataFrame, by: Sequence[str]) -> pl.DataFrame:
-    """Average margins and reward accuracies per group, with errors that know that pairs share prompts.
-
-    Args:
-        scores: SCORES and the columns `by`.
-
-    Returns:
-        The columns `by`, then mean, stderr (nats), accuracy, accuracy_stderr, per_token,
-        per_token_stderr (percent of pairs whose summed or per-token margin is positive), n.
-
-    Source: see `clustered_means`.
-    """
-    values = scores.select(
-        *by,
-        "prompt_id",
-        mean=LOGP_MARGIN,
-        accuracy=100.0 * (LOGP_MARGIN > 0),
-        per_token=100.0 * (MARGIN_PER_TOKEN > 0),
-    )
-    return clustered_means(values, by).drop("clusters").rename({"mean_stderr": "stderr"})
-
-
-def measure_displacement(held_out_scores: pl.DataFrame) -> pl.DataFrame:
-    """Measure how far each model moved both answers of the held-out pairs, from the base model.
-
-    Args:
-        held_out_scores: HELD_OUT_SCORES frame.
-
-    Returns:
-        arm, seed, step, answer ("chosen" or "rejected"), mean and stderr of the change of the
-        answer's log-probability (nats, clustered by prompt), n. Empty without a base model.
-
-    Source: likelihood displacement, arXiv 2410.08847, seen there as a falling chosen log-probability.
-    """
-    base = held_out_scores.filter(arm="base").select("pair_id", was_chosen="chosen_logp", was_rejected="rejected_logp")
-    both = held_out_scores.filter(pl.col("arm") != "base").join(base, on="pair_id")
-    moved = [
-        both.select(*UNIT, "prompt_id", answer=pl.lit(side), mean=pl.col(f"{side}_logp") - pl.col(f"was_{side}"))
-        for side in ("chosen", "rejected")
-    ]
-    means = clustered_means(pl.concat(moved), [*UNIT, "answer"])
-    return means.drop("clusters").rename({"mean_stderr": "stderr"})
 
 
 def measure_drift(evidence: Evidence) -> pl.DataFrame:

@@ -10,7 +10,8 @@ from sdpo_data.difficulty import Difficulty, difficulty_named
 from sdpo_data.tables import TOKEN_DIFFERENCE, SdpoError
 from sdpo_eval import plots
 from sdpo_eval.blocks import Block, Drawing, Estimate, Heading, Prose, Quotes, Table
-from sdpo_eval.evidence import Evidence, edge_pairs, read_texts, summarise_margins
+from sdpo_eval.evidence import Evidence, edge_pairs, read_texts
+from sdpo_eval.margins import summarise_margins
 from sdpo_eval.verdict import name_command
 
 JUDGED = {"mean_margin": "nats", "reward_accuracy": "%", "accuracy_per_token": "%"}

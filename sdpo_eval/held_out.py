@@ -20,8 +20,8 @@ from sdpo_data.console import command, print_table, say
 from sdpo_data.models import model_key
 from sdpo_data.run import Run
 from sdpo_data.score import ScoreConfig, score_pairs
-from sdpo_data.tables import LOGP_MARGIN, PAIRS, SCORES, STEPS, SdpoError, check
-from sdpo_eval.evidence import HELD_OUT_SCORES, UNIT, read_held_out, summarise_margins
+from sdpo_data.tables import LOGP_MARGIN, PAIRS, SCORES, STEPS, UNIT, SdpoError, check
+from sdpo_eval.margins import HELD_OUT_SCORES, read_held_out, summarise_margins
 from sdpo_eval.stats import ALPHA, Differences, compare_checkpoints, judge
 
 log = logging.getLogger(__name__)

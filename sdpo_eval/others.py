@@ -6,8 +6,8 @@ import polars as pl
 
 from sdpo_data import workers
 from sdpo_data.run import Run
-from sdpo_data.tables import DOCUMENTS, ITEMS, RESULTS, STEPS
-from sdpo_eval.plan import UNIT, Candidate, Plan, other_limit, other_tasks
+from sdpo_data.tables import DOCUMENTS, ITEMS, RESULTS, STEPS, UNIT
+from sdpo_eval.plan import Candidate, Plan, other_limit, other_tasks
 
 if TYPE_CHECKING:
     from sdpo_eval.answers import Engine

@@ -16,7 +16,7 @@ from sdpo_data import workers
 from sdpo_data.config import Settings, merge_config
 from sdpo_data.models import model_key
 from sdpo_data.run import Run, Stage, write_atomically
-from sdpo_data.tables import DOCUMENTS, STEPS, SdpoError, check
+from sdpo_data.tables import DOCUMENTS, STEPS, UNIT, SdpoError, check
 from sdpo_eval import h4
 from sdpo_eval.documents import document_text, fingerprint, load_documents
 from sdpo_eval.questions import Questions
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-UNIT = ["arm", "seed", "step"]
 OTHER_TASKS = {"full": None, "standard": 2000, "small": 200, "tiny": 50}  # first documents of a task beside H4
 
 
@@ -50,6 +49,10 @@ class EvalConfig(Settings):
     """TruthfulQA where data_dir has none: a hub id, or a .jsonl(.gz) file."""
     task_dir: str | None = None
     """Folder with lm-eval task files (YAML) of your own, for tasks beside H4."""
+    steps: Literal["all", "last"] = "all"
+    """Evaluate every finished step, or of every arm and seed the last one; the base model always."""
+    seeds: list[int] = pydantic.Field([])
+    """Evaluate the models of these seeds only; empty for all."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of weights and forward pass, the same for every model."""
     token_budget: int | None = pydantic.Field(None, ge=1)
@@ -129,7 +132,7 @@ def plan_evaluation(
     models: "Models", config: EvalConfig, run: Run, *, base: "Model | None" = None, force: bool = False
 ) -> Plan:
     """Find out whom to ask what, and refuse what cannot be, before anything is done: see `evaluate`."""
-    candidates = _candidates(models, run, base)
+    candidates = _candidates(models, run, config, base)
     questions = workers.from_main(lambda: plan_questions(config, run))  # one of them asks the hub, or all may differ
     missing = [name for name in h4_tasks(config) if name not in questions or not questions[name].documents]
     if not force:
@@ -170,7 +173,7 @@ def describe_cost(questions: Mapping[str, Questions], size: str) -> list[str]:
     return [f"{size}, questions: {asked}", f"standard errors, points, at most: {errors}"] if counts else []
 
 
-def _candidates(models: Any, run: Run, base: "Model | None") -> list[Candidate]:
+def _candidates(models: Any, run: Run, config: EvalConfig, base: "Model | None") -> list[Candidate]:
     if not isinstance(models, pl.DataFrame):
         named = models if isinstance(models, Mapping) else {"base": models}
         found = [Candidate(name, 0, 0, model, _key(model)) for name, model in named.items()]
@@ -180,6 +183,12 @@ def _candidates(models: Any, run: Run, base: "Model | None") -> list[Candidate]:
         keys = steps.filter(step=1)["start_key"].unique().to_list() or [_key(base)]
         if len(keys) > 1:
             raise SdpoError(f"The steps start from {len(keys)} different models. Evaluate one run at a time.")
+        if missing := sorted(set(config.seeds) - set(steps["seed"])):
+            raise SdpoError(f"eval.seeds has {missing[0]}, but no step is finished with it. Finished: {_seeds(steps)}.")
+        if config.seeds:
+            steps = steps.filter(pl.col("seed").is_in(config.seeds))
+        if config.steps == "last":
+            steps = steps.filter(pl.col("step") == pl.col("step").max().over("arm", "seed"))
         rows = steps.select(*UNIT, "model", "model_key").rows()
         found = [Candidate("base", 0, 0, base, keys[0]), *(Candidate(*row) for row in rows)]
     for candidate in found:
@@ -188,6 +197,10 @@ def _candidates(models: Any, run: Run, base: "Model | None") -> list[Candidate]:
                 f"A model cannot be called {candidate.arm!r}, as its files are: use letters, digits and . _ + = - only."
             )
     return found
+
+
+def _seeds(steps: pl.DataFrame) -> str:
+    return ", ".join(f"seed {seed}" for seed in steps["seed"].unique().sort())
 
 
 def _base_model(run: Run) -> str:

@@ -80,6 +80,38 @@ def plot_tasks(results: pl.DataFrame, chance: Mapping[str, float], names: Mappin
     return styled(chart, "Each task from the base model through every step", subtitle)
 
 
+def plot_contrasts(contrasts: pl.DataFrame, title: str) -> Figure:
+    """Draw every difference with its interval, the contrast named beforehand first: which side of 0, and how surely.
+
+    Args:
+        contrasts: rows of CONTRASTS of one task, with contrast (its name).
+        title: what to call the task.
+    """
+    table = contrasts.sort(~pl.col("primary"), maintain_order=True).with_columns(
+        contrast=pl.when("primary").then(pl.format("{} (primary)", "contrast")).otherwise("contrast")
+    )
+    y = alt.Y("contrast:N", title=None, sort=table["contrast"].to_list())
+    base = alt.Chart().encode(y=y.axis(labelLimit=290, grid=True, ticks=False, domain=False))
+    bars = base.mark_rule(strokeWidth=1.5).encode(
+        stroke("verdict"), x=alt.X("low:Q", title=f"difference by {title}, points"), x2="high:Q"
+    )
+    points = base.mark_point(filled=True, size=75, opacity=1).encode(
+        *marks("verdict"), x=alt.X("effect:Q", axis=alt.Axis(grid=False, tickCount=8)),
+        tooltip=tooltip("contrast", ("effect", "+.2f", "points"), *BOUNDS, ("p_holm", ".4f", "p, adjusted"),
+                        ASKED, ("seeds", "d", "seeds"), "verdict_on", "verdict"),
+    )  # fmt: skip
+    chart = alt.layer(guide(x=alt.datum(0)), bars, points, data=held(table)).properties(
+        width=WIDTH, height=30 + 22 * table.height
+    )
+    decided = table.filter(pl.col("verdict") != "not distinguishable").height
+    return styled(
+        chart,
+        f"{decided} of {table.height} differences can be told from none",
+        f"{title[0].upper()}{title[1:]}: first minus second, verdict on {table['verdict_on'][0]}. {BARS} "
+        "Verdicts are adjusted for being several.",
+    )
+
+
 def plot_paper_scale(models: pl.DataFrame) -> Figure:
     """Draw H4 of this run's models among the models of the paper's Table 2.
 
@@ -136,6 +168,31 @@ def plot_items(changes: pl.DataFrame, names: Sequence[str]) -> Figure:
         f"What training did to each question: {names[0]} against {names[1]}",
         f"Right of 0 the right answer became likelier. One mark per question; hover to read it.{sampled}",
     )
+
+
+def plot_findings(findings: pl.DataFrame) -> Figure:
+    """Draw which share of the pairs each check has something to say of; hovering shows the remedy.
+
+    Args:
+        findings: rows of FINDINGS that are not "fine".
+    """
+    table = findings.sort("share", "check", descending=[True, False]).with_columns(percent=100 * pl.col("share"))
+    y = alt.Y("check:N", title=None, sort=table["check"].to_list())
+    base = alt.Chart().encode(y=y.axis(labelLimit=230, grid=True, ticks=False, domain=False))
+    x = alt.X("percent:Q", title="of all pairs [%]", scale=alt.Scale(type="symlog", constant=0.1, domainMin=0))
+    lines = base.mark_rule(strokeWidth=1.5).encode(stroke("severity"), x=x, x2=alt.datum(0))
+    points = base.mark_point(filled=True, size=75, opacity=1).encode(
+        *marks("severity"), x=x,
+        tooltip=tooltip("check", "severity", ("pairs", ",", "pairs"), ("percent", ".2f", "%"), "remedy", "pair_id"),
+    )  # fmt: skip
+    chart = alt.layer(lines, points, data=held(table)).properties(width=WIDTH, height=30 + 22 * table.height)
+    wrong = table.filter(severity="wrong")["check"].to_list()
+    return styled(
+        chart,
+        f"Not to be trained on as they are: {', '.join(wrong[:2])}{' ...' if wrong[2:] else ''}" if wrong
+        else "Nothing is wrong with the pairs; some are worth a look",
+        '"wrong": not to be trained on as it is; "look": may be meant so. The scale is a logarithm but near 0.',
+    )  # fmt: skip
 
 
 def plot_difficulties(partition: pl.DataFrame, unit: str) -> Figure:

@@ -7,12 +7,15 @@ from typing import Any
 
 import polars as pl
 
-from sdpo_eval.blocks import Block, Estimate, Heading, Listing, Prose, Section, Table
+from sdpo_data.tables import UNIT
+from sdpo_eval import plots
+from sdpo_eval.blocks import Block, Drawing, Estimate, Heading, Listing, Prose, Section, Table
 from sdpo_eval.chain import tell_chain
+from sdpo_eval.contrasts import TITLES
 from sdpo_eval.detail import tell_changes
-from sdpo_eval.evidence import UNIT, Evidence, comparable_results, last_metrics
+from sdpo_eval.evidence import Evidence, comparable_results, last_metrics
 from sdpo_eval.hardness import tell_difficulty
-from sdpo_eval.verdict import TITLES, name_command, score_rows, tell_h4, tell_verdict
+from sdpo_eval.verdict import name_command, score_rows, tell_h4, tell_verdict
 from sdpo_eval.versus import merge_evidence, tell_differences
 
 
@@ -64,7 +67,7 @@ def describe_run(evidence: Evidence) -> str:
     said = [str(evidence.settings["model"])] if "model" in evidence.settings else []
     if evidence.partition.height:
         parts, definition = evidence.partition["step"].n_unique(), evidence.partition["definition"][0]
-        said.append(f"{evidence.partition.height:,} pairs in {parts} parts by {definition}")
+        said.append(f"{evidence.partition['pair_id'].n_unique():,} pairs in {parts} parts by {definition}")
     for name in ("arm", "seed"):
         values = evidence.steps[name].unique().sort().to_list()
         if values:
@@ -89,8 +92,25 @@ def _data(evidence: Evidence) -> Iterator[Block]:
         ordered = reasons.sort("stage", "source", -pl.col("rows").cast(pl.Int64), "reason").to_dicts()
         title = "What was dropped, and why; dropped.parquet keeps every row"
         yield Table("dropped", title, ordered, folded=len(ordered) > 12)
+    yield Heading("What is wrong with the pairs?")
+    yield from _findings(evidence)
     yield Heading("Do the pairs give away what is asked?")
     yield from _contamination(evidence)
+
+
+def _findings(evidence: Evidence) -> Iterator[Block]:
+    if evidence.findings is None:
+        yield name_command(evidence, "The pairs have not been checked", "sdpo_data.pairs", "--check")
+        return
+    asked, bias = evidence.findings[:-1], evidence.findings.row(-1, named=True)
+    found = asked.filter(pl.col("severity") != "fine")
+    fine = ", ".join(asked.filter(severity="fine")["check"])
+    if found.height:
+        yield Drawing("findings", lambda: plots.plot_findings(found))
+        rows = found.with_columns(share=(100 * pl.col("share")).round(1)).drop("pair_id").to_dicts()
+        yield Table("findings", "What pairs have, and what to do", rows, {"share": "%"}, folded=len(rows) > 6)
+    yield Prose(f"Asked and not found: {fine or 'nothing'}.")
+    yield Prose(f"{bias['check'].capitalize()}: {bias['remedy']}.")
 
 
 def _contamination(evidence: Evidence) -> Iterator[Block]:
@@ -168,7 +188,8 @@ def _floor(scores: pl.DataFrame) -> Iterator[Block]:
 
 
 STAGES = {
-    "pairs": "sdpo_data.pairs {run}", "fix": "sdpo_data.pairs {run} --fix", "documents": "sdpo_eval {run} --documents",
+    "pairs": "sdpo_data.pairs {run}", "fix": "sdpo_data.pairs {run} --fix",
+    "findings": "sdpo_data.pairs {run} --check", "documents": "sdpo_eval {run} --documents",
     "contamination": "sdpo_data.decontaminate {run}", "scores": "sdpo_data.score {run}",
     "partition": "sdpo_data.partition {run}", "arms": "sdpo_train {run}", "held_out_scores": "sdpo_eval.held_out {run}",
     "items": "sdpo_eval {run}",

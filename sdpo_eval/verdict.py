@@ -7,40 +7,72 @@ from typing import Any
 
 import polars as pl
 
+from sdpo_data.tables import UNIT
 from sdpo_eval import plots
 from sdpo_eval.blocks import Block, Drawing, Estimate, Heading, Missing, Prose, Table
-from sdpo_eval.contrasts import CHECKPOINTS, METHODS, tell_kind
-from sdpo_eval.evidence import UNIT, Evidence, Model, comparable_results, find_base, find_lasts
+from sdpo_eval.contrasts import CHECKPOINTS, METHODS, TITLES, tell_kind
+from sdpo_eval.evidence import Evidence, Model, comparable_results, find_base, find_lasts
 from sdpo_eval.h4 import MEAN, TASKS
+from sdpo_eval.margins import HELD_OUT, summarise_margins
 from sdpo_eval.published import TABLE_2
 from sdpo_eval.stats import ALPHA
 
-TITLES = {name: task.title for name, task in TASKS.items()} | {MEAN: "H4"}
 ENOUGH_QUESTIONS = 500  # with fewer, a task's standard error is above 2 points
 MOST_TOLD = 4  # contrasts in the first sentence of the verdict; half of it in the second
 
 
 def tell_verdict(evidence: Evidence) -> Iterator[Block]:
     """Say in two sentences how sDPO stands against the other way and against the base model; then what limits that."""
-    if evidence.results.is_empty():
-        yield Prose("No model of this run has been evaluated yet, so there is no verdict.", lead=True)
-        yield name_command(evidence, "H4 of the base model and of every step is missing", "sdpo_eval")
-        return
     results = comparable_results(evidence.results)
-    missing = [task.title for name, task in TASKS.items() if name not in results["task"]]
     spoken = [MEAN] if MEAN in results["task"] else [name for name in TASKS if name in results["task"]]
+    if evidence.compare.primary_task in evidence.answers["task"]:  # what was named beforehand is said first
+        spoken = list(dict.fromkeys([evidence.compare.primary_task, *spoken]))
+    if not spoken:
+        yield Prose("No model of this run has been evaluated yet, so there is no verdict.", lead=True)
     for sentence in _say_contrasts(evidence, spoken):
         yield Prose(sentence, lead=True)
+    if evidence.results.is_empty():
+        yield name_command(evidence, "H4 of the base model and of every step is missing", "sdpo_eval")
     yield from _say_limits(results)
-    if missing:
+    missing = [task.title for name, task in TASKS.items() if name not in results["task"]]
+    if missing and results.height:
         what = f"There is no H4, the mean of all four tasks, without {' and '.join(missing)}"
         yield name_command(evidence, what, "sdpo_eval", "--truthfulqa FILE" if "TruthfulQA" in missing else "")
     for task in spoken:
         models = [model for model in (find_base(results), *find_lasts(results)) if model]
         scores = [f"{_called(model, results)} {score}" for model in models if (score := _score(results, model, task))]
-        yield Prose(f"{TITLES[task]}: {', '.join(scores)}.")
+        if task == HELD_OUT:
+            scores = _say_accuracies(evidence)
+        yield Prose(f"{TITLES.get(task, task)}: {', '.join(scores)}.")
     if evidence.contrasts.height:
         yield Prose(f"{tell_kind(evidence.contrasts)} {_say_primary(evidence)}")
+        judged = _best_verdicts(evidence.contrasts).filter(task=evidence.compare.primary_task)
+        if judged.height > 1:
+            title = TITLES.get(evidence.compare.primary_task, evidence.compare.primary_task)
+            named = judged.with_columns(contrast=pl.format("{} − {}", "first", "second"))
+            yield Drawing("contrasts", lambda: plots.plot_contrasts(named, title))
+
+
+def _say_accuracies(evidence: Evidence) -> list[str]:
+    """Say of every arm's last models which share of the held-out pairs they get right; over the seeds, its mean."""
+    lasts = [model for model in (find_base(evidence.answers), *find_lasts(evidence.answers)) if model]
+    wanted = pl.DataFrame(lasts, {name: evidence.answers.schema[name] for name in UNIT}, orient="row")
+    measured = summarise_margins(evidence.held_out_scores.join(wanted, on=UNIT, how="semi"), UNIT)
+    said = []
+    for (arm,), own in measured.sort(UNIT).group_by("arm", maintain_order=True):
+        if own.height == 1:
+            score = Estimate(own["accuracy"][0], own["accuracy_stderr"][0], own["n"][0])
+            said.append(f"{arm} {score}")
+        else:
+            low, high = own["accuracy"].min(), own["accuracy"].max()
+            said.append(f"{arm} {own['accuracy'].mean():.1f} (of {own.height} seeds, {low:.1f} to {high:.1f})")
+    return said
+
+
+def _best_verdicts(contrasts: pl.DataFrame) -> pl.DataFrame:
+    """Keep, task by task, the verdicts on the methods where there are any, else those on the checkpoints."""
+    on_methods = pl.col("verdict_on") == METHODS
+    return contrasts.filter(on_methods | ~on_methods.any().over("task"), metric="score", subset="all")
 
 
 def _say_contrasts(evidence: Evidence, tasks: list[str]) -> Iterator[str]:
@@ -48,8 +80,8 @@ def _say_contrasts(evidence: Evidence, tasks: list[str]) -> Iterator[str]:
     contrasts = evidence.contrasts
     if contrasts.is_empty():
         return
-    best = pl.col("verdict_on").eq(METHODS) | ~pl.lit(METHODS in contrasts["verdict_on"])
-    judged = contrasts.filter(best, pl.col("task").is_in(tasks))
+    order = pl.col("task").replace_strict({task: place for place, task in enumerate(tasks)}, return_dtype=pl.Int64)
+    judged = _best_verdicts(contrasts).filter(pl.col("task").is_in(tasks)).sort(order, maintain_order=True)
     base = pl.col("second").str.contains(r"(^|: )base$")
     first, second = evidence.compare.primary.split(" - ")
     named = [
@@ -70,7 +102,7 @@ def _say_contrast(row: dict[str, Any]) -> str:
     difference = as_difference(row, digits=1)
     adjusted = row["p"] is not None and row["p"] < ALPHA <= row["p_holm"]
     said = f"{row['verdict']}{' once adjusted for being several,' if adjusted else ''}"
-    return f"{difference.number} {TITLES[row['task']]}, {said} at n = {row['n']:,}"
+    return f"{difference.number} {TITLES.get(row['task'], row['task'])}, {said} at n = {row['n']:,}"
 
 
 def _say_primary(evidence: Evidence) -> str:
@@ -100,7 +132,7 @@ def tell_h4(evidence: Evidence) -> Iterator[Block]:
     ]
     if beside:
         yield Table("other_tasks", "Tasks beside H4, in no mean ± standard error (n questions)", beside)
-    yield from _contrast_tables(evidence.contrasts)
+    yield from _contrast_tables(evidence)
     protocols = results.filter(pl.col("task") != MEAN).select("task", "protocol").unique(maintain_order=True)
     asked = ", ".join(f"{TITLES.get(task, task)} {protocol}" for task, protocol in protocols.rows())
     yield Prose(f"Protocols: {asked}. Scores under another protocol answer another question.")
@@ -115,15 +147,22 @@ def tell_h4(evidence: Evidence) -> Iterator[Block]:
         yield Table("paper", "Table 2 of arXiv 2403.19270, as printed, without standard errors", rows, folded=True)
 
 
-def _contrast_tables(contrasts: pl.DataFrame) -> Iterator[Table]:
-    """Show H4's contrasts at once, the tasks' folded; of one kind of verdict the kind stands in the title."""
+def _contrast_tables(evidence: Evidence) -> Iterator[Table]:
+    """Show the contrasts that decide at once, all others folded; of one kind of verdict it stands in the title."""
+    contrasts, task = evidence.contrasts, evidence.compare.primary_task
+    if task not in contrasts["task"]:
+        task = MEAN
+    deciding = _best_verdicts(contrasts.filter(task=task)).select("first", "second", "verdict_on").rows()
     kinds = contrasts["verdict_on"].unique().to_list()
     on = f" on {kinds[0]}" if len(kinds) == 1 else ""
     hidden = {"verdict_on", "seeds"} if kinds == [CHECKPOINTS] else set()
     title = (
         f"Differences over the same questions, points with 95 % intervals; verdicts{on} are adjusted for being several"
     )
-    rows = [(row["task"] == MEAN, _contrast_row(row)) for row in contrasts.iter_rows(named=True)]
+    rows = [
+        (row["task"] == task and (row["first"], row["second"], row["verdict_on"]) in deciding, _contrast_row(row))
+        for row in contrasts.iter_rows(named=True)
+    ]
     shown = [
         [{k: v for k, v in row.items() if k not in hidden} for mean, row in rows if mean == which]
         for which in (True, False)
@@ -131,7 +170,7 @@ def _contrast_tables(contrasts: pl.DataFrame) -> Iterator[Table]:
     if shown[0]:
         yield Table("contrasts", title, shown[0])
     if shown[1]:
-        yield Table("task_contrasts", f"{title}, task by task", shown[1], folded=bool(shown[0]))
+        yield Table("task_contrasts", f"{title}: all others", shown[1], folded=bool(shown[0]))
 
 
 def _beside_the_paper(results: pl.DataFrame) -> pl.DataFrame:

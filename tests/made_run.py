@@ -12,6 +12,7 @@ from sdpo_data.tables import (
     CONTAMINATION,
     DOCUMENTS,
     DROPPED,
+    FINDINGS,
     ITEMS,
     MARGIN_PER_TOKEN,
     MESSAGES,
@@ -24,8 +25,8 @@ from sdpo_data.tables import (
     TEXT,
     check,
 )
-from sdpo_eval.evidence import HELD_OUT_SCORES
 from sdpo_eval.h4 import TASKS, summarise_items
+from sdpo_eval.margins import HELD_OUT_SCORES
 
 WORDS = [
     "the",
@@ -65,6 +66,13 @@ def make_run(path: Path, *, pairs: int = 160, tasks: Sequence[str] = tuple(TASKS
         ("p0003", "truthfulqa_mc2", "validation/7", rule, "what is the river") for rule in ("question", "8-gram")
     ]
     write(path / "contamination.parquet", pl.DataFrame(matched, CONTAMINATION, orient="row"), CONTAMINATION)
+    found = [
+        ("empty text", "fine", 0, 0.0, None, ""),
+        ("swapped answers", "wrong", 2, 2 / pairs, "p0004", "decide which label is right, or drop both"),
+        ("near-duplicate", "look", 7, 7 / pairs, "p0009", "drop all but one of each cluster"),
+        ("length bias", "look", 90, 90 / pairs, "p0001", "the chosen answer is the longer one in 57.0 ± 4.0 % of 158"),
+    ]
+    write(path / "findings.parquet", pl.DataFrame(found, FINDINGS, orient="row"), FINDINGS)
     items = [make_items(draw, path, *model, task) for model in KEYS for task in tasks]
     if items:
         asked = pl.concat(items).select("protocol", "task", "item_id", text="item_id").unique(maintain_order=True)

@@ -1,6 +1,7 @@
 import importlib.util
 import math
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from made_run import KEYS, make_run, write
 
 import sdpo_eval
+from sdpo_data.messages import plain_texts
 from sdpo_data.run import Run
 from sdpo_data.tables import CONTAMINATION, DOCUMENTS, ITEMS, SdpoError
 from sdpo_eval.changes import FIELDS, find_flips, find_forgetting
@@ -25,6 +27,7 @@ from sdpo_eval.contrasts import (
     pair_questions,
     tell_kind,
 )
+from sdpo_eval.margins import HELD_OUT, HELD_OUT_SCORES, as_documents, as_items, read_held_out
 from sdpo_eval.report import Report
 
 
@@ -357,6 +360,7 @@ def test_a_model_that_is_not_there(run, a, words):
 
 
 def test_which_arm_is_meant_must_be_said(run):
+    shutil.rmtree(run / "held_out_scores")
     for file in (run / "items").glob("sdpo-*"):
         frame = pl.read_parquet(file).with_columns(arm=pl.lit("random"))
         frame.write_parquet(file.with_name(file.name.replace("sdpo", "random")))
@@ -405,7 +409,19 @@ def test_the_command_shows_questions_that_flipped(run, capsys):
     main([str(run), "--flips", "9999"])
     said = " ".join(capsys.readouterr().out.split())
     flips = find_flips(choose_models(Run(run).items, "sdpo"), choose_models(Run(run).items, "base"), Run(run).questions)
-    assert f"sdpo step 2 − base: {flips.height:,} questions that one alone gets right" in said
+    held = as_items(read_held_out(Run(run)))
+    pairs = find_flips(
+        choose_models(held, "sdpo"),
+        choose_models(held, "base"),
+        as_documents(Run(run).held_out, read_held_out(Run(run))),
+    )
+    assert pairs.height
+    assert f"sdpo step 2 − base: {flips.height + pairs.height:,} questions that one alone gets right" in said
+    assert (
+        pairs["text"]
+        .is_in(Run(run).held_out.select(plain_texts(Run(run).held_out, "prompt")).to_series().to_list())
+        .all()
+    )
     shown = flips.filter(task="hellaswag").height
     assert 0 < shown == said.count("What is hellaswag/")
 
@@ -437,7 +453,7 @@ def test_the_report_shows_changes_and_alarms(run):
     report = Report(run)
     assert any(warning.startswith("Forgetting: sdpo step 2 − base, HellaSwag −") for warning in report.warnings)
     assert report.table("forgetting").filter(part="HellaSwag")["forgotten"].to_list() == ["yes", "yes"]
-    assert report.table("likelihoods").columns[-2:] == ["gold_logp", "choice_margin"]
+    assert report.table("likelihoods").columns[-3:] == ["gold_logp", "logp_margin", "choice_margin"]
     asked = report.table("flipped_questions")["question"].to_list()
     texts = base.select("protocol", "task", "item_id", text=pl.format("What is {}?", "item_id"))
     write(run / "questions/hellaswag.parquet", texts, DOCUMENTS)
@@ -472,5 +488,60 @@ def test_the_report_crosses_seeds(run):
     pl.concat([results, *later]).write_parquet(run / "results.parquet")
     report = Report(run)
     assert "| sdpo step 2 − base | these methods | H4 | " in report.markdown()
-    kinds = report.table("contrasts").filter(task="H4")["verdict_on"].value_counts().sort("verdict_on").rows()
-    assert kinds == [(CHECKPOINTS, 15), (METHODS, 3)]
+    kinds = report.table("contrasts")["verdict_on"].value_counts().rows()
+    assert kinds == [(METHODS, 3)]  # what decides; the fifteen pairs of checkpoints stand with all others
+    others = report.table("task_contrasts").filter(task="H4")["verdict_on"].value_counts().rows()
+    assert others == [(CHECKPOINTS, 15)]
+    assert 'id="figure-contrasts"' in report.html()
+
+
+def test_held_out_pairs_are_questions_by_hand():
+    # margins: base +2, -1, -3, +1; sdpo +3, +1, -2, 0 (a tie is not right). Right: base 1 0 0 1, sdpo 1 1 0 0.
+    # differences of the score 0, 100, 0, -100: mean 0; of logp_margin 1, 2, 1, -1: mean 0.75 nats
+    prompts = ["a", "a", "b", "c"]
+    table = {"base": [2.0, -1.0, -3.0, 1.0], "sdpo": [3.0, 1.0, -2.0, 0.0]}
+    sides = []
+    for arm, margins in table.items():
+        rows = [
+            (arm, 0, int(arm != "base"), f"p{n}", prompts[n], "s", f"key of {arm}", margin - 9.0, -9.0, 3, 3, 5, False,
+             "float32", *[None] * 5)
+            for n, margin in enumerate(margins)
+        ]  # fmt: skip
+        sides.append(side(as_items(pl.DataFrame(rows, HELD_OUT_SCORES, orient="row"))))
+    assert sides[1].items["correct"].to_list() == [1, 1, 0, 0]
+    config = CompareConfig(primary="sdpo - base", primary_task=HELD_OUT)
+    got = contrast_models([(sides[1], sides[0])], config, ["score", "logp_margin"])
+    assert got.select("task", "metric", "effect", "n", "primary").rows() == [
+        (HELD_OUT, "score", 0.0, 4, True),
+        (HELD_OUT, "logp_margin", 0.75, 4, False),
+    ]
+    assert got.select("only_first", "only_second").row(0) == (1, 1)
+    asked, _ = pair_questions([(sides[1], sides[0])])[HELD_OUT]
+    assert asked["cluster"].to_list() == prompts
+    coarse = Side("base", "base", sides[0].items.with_columns(protocol=pl.lit("held_out@bfloat16")))
+    with pytest.raises(SdpoError, match=r"held_out under held_out@float32, base under held_out@bfloat16"):
+        contrast_models([(sides[1], coarse)])
+
+
+def test_the_verdict_may_be_named_on_held_out_pairs(run):
+    with (run / "config.yaml").open("a") as file:
+        file.write("compare:\n  primary_task: held_out\n")
+    report = Report(run)
+    lead = report.markdown().split("sdpo step 2 against dpo step 1: ", 1)[1]
+    assert lead.index("held-out pairs, ") < lead.index("H4, ")
+    assert "The primary contrast is sdpo - dpo by held-out pairs" in report.markdown()
+    assert set(report.table("contrasts")["task"]) == {"held-out pairs"}
+    assert "H4" in set(report.table("task_contrasts")["task"])
+    for file in (*run.glob("items/*"), run / "results.parquet"):
+        file.unlink()
+    alone = Report(run)  # not evaluated yet: held-out pairs decide, and H4's command is named
+    assert "held-out pairs: base " in alone.markdown()
+    assert any(warning.startswith("H4 of the base model and of every step is missing") for warning in alone.warnings)
+
+
+def test_held_out_pairs_fail_no_gate_but_alone():
+    known = contrast_models([(side(items("a", [0, 1] * 20)), side(items("b", [1, 0] * 20)))])
+    held = known.with_columns(task=pl.lit(HELD_OUT), low=pl.lit(-50.0))
+    fine = known.with_columns(low=pl.lit(0.0))
+    assert find_worse(pl.concat([fine, held]), 1.0) == []
+    assert "held-out pairs: it may be 50.00 points worse" in find_worse(held, 1.0)[0]

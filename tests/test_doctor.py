@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sdpo_data.doctor import FINDINGS, check_pairs
+from sdpo_data.doctor import check_pairs
 from sdpo_data.duplicates import find_near_duplicates
 from sdpo_data.messages import pair_ids
 from sdpo_data.pairs import read_pairs
-from sdpo_data.tables import PAIRS, SdpoError
+from sdpo_data.tables import FINDINGS, PAIRS, SdpoError
 
 
 def pair(prompt: str, chosen: str, rejected: str, ratings: tuple = (None, None), **more) -> dict:

@@ -13,7 +13,7 @@ from sdpo_data.models import load_model
 from sdpo_data.run import Run
 from sdpo_data.score import ScoreConfig
 from sdpo_eval import evaluate, h4, score_held_out
-from sdpo_eval.evidence import read_held_out
+from sdpo_eval.margins import read_held_out
 from tests.conftest import ROOT
 
 SCRIPT = """

@@ -11,8 +11,8 @@ from sdpo_data.run import Run
 from sdpo_data.score import ScoreConfig, score_pairs
 from sdpo_data.tables import PAIRS, SCORES, STEPS, SdpoError
 from sdpo_eval import held_out, score_held_out
-from sdpo_eval.evidence import HELD_OUT_SCORES, read_held_out
 from sdpo_eval.held_out import find_best_steps
+from sdpo_eval.margins import HELD_OUT_SCORES, read_held_out
 from sdpo_eval.report import Report
 
 

@@ -9,7 +9,8 @@ from made_run import make_run
 from sdpo_data.run import Run
 from sdpo_data.tables import METRICS, RESULTS
 from sdpo_eval import canvas, plots, plots_chain
-from sdpo_eval.evidence import measure_displacement, measure_drift, read_evidence
+from sdpo_eval.evidence import measure_drift, read_evidence
+from sdpo_eval.margins import measure_displacement
 from sdpo_eval.published import TABLE_2
 from sdpo_eval.sections import write_sections
 

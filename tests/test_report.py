@@ -22,15 +22,16 @@ from sdpo_data.tables import ITEMS, METRICS, PAIRS, RESULTS, SCORES, STEPS, Sdpo
 from sdpo_eval.blocks import Estimate, write_number
 from sdpo_eval.contrasts import Side
 from sdpo_eval.detail import find_changes
-from sdpo_eval.evidence import comparable_results, last_metrics, read_evidence, summarise_margins
+from sdpo_eval.evidence import comparable_results, last_metrics, read_evidence
 from sdpo_eval.hub import write_model_index
+from sdpo_eval.margins import summarise_margins
 from sdpo_eval.render import LONGEST_ANSWER, visible
 from sdpo_eval.report import Report, is_current, main
 from sdpo_eval.sections import _floor, list_commands
 
 OF_PAIRS = {"difficulties", "margin_curves", "length_confound", "definitions"}
 OF_TRAINING = {"loss", "reward_margins", "reference_margins", "weights", "held_out", "displacement"}
-FIGURES = {"h4", "tasks", "paper_scale", "items"} | OF_PAIRS | OF_TRAINING
+FIGURES = {"h4", "tasks", "paper_scale", "items", "contrasts", "findings"} | OF_PAIRS | OF_TRAINING
 HOSTILE = (
     "</script><script>document.documentElement.dataset.hacked = 1</script>"
     '<img src=x onerror="document.documentElement.dataset.hacked = 1"> {{ 7*7 }} {% raw %} | a ``` b _c_ **d**'
@@ -366,7 +367,9 @@ def test_only_a_base_model_evaluated(own_run):
     results.write_parquet(own_run / "results.parquet")
     report = Report(own_run)
     assert report.table("scores")["model"].to_list() == ["base", "guessing"]
-    assert report.table("contrasts") is None
+    assert set(report.table("task_contrasts")["task"]) == {"held-out pairs"}  # which every step has answered
+    shutil.rmtree(own_run / "held_out_scores")
+    assert Report(own_run).table("task_contrasts") is None
 
 
 def test_models_named_by_hand_stand_beside_each_other(own_run):

@@ -2,7 +2,7 @@
 
 import polars as pl
 
-from sdpo_eval.contrasts import Side, pair_questions, refuse_other_protocols
+from sdpo_eval.contrasts import QUESTION, Side, pair_questions, refuse_other_protocols
 from sdpo_eval.stats import Differences, compare_checkpoints, judge
 
 _FIELDS = {
@@ -22,7 +22,7 @@ _FIELDS = {
 FIELDS = {field: subjects.split() for field, subjects in _FIELDS.items()}
 """Field -> subjects of MMLU, as lm-eval groups them."""
 
-CHANGES = pl.Schema(
+FORGETTING = pl.Schema(
     {  # one row per task, or field of MMLU's
         "first": pl.String,
         "second": pl.String,
@@ -37,16 +37,18 @@ CHANGES = pl.Schema(
         "seen_if_over": pl.Float64,  # smallest true loss found with 80 % power, points
     }
 )
-FLIPS = pl.Schema(
-    {  # one row per question that one model alone gets right
+CHANGES = pl.Schema(
+    {  # one row per question that both models answered
         "task": pl.String,
         "item_id": pl.String,
         "subject": pl.String,
-        "right": pl.String,  # which model
-        "gold_logp_change": pl.Float64,  # of the right answer, first - second, nats
-        "text": pl.String,  # of the question; null where it is not known
+        "question": pl.String,  # its text; its id where that is not known
+        "outcome": pl.String,  # one of OUTCOMES
+        "change": pl.Float64,  # of the right answer's log-probability, first - second, nats; null where it is not known
     }
 )
+TURNED = ("became right", "became wrong")  # from the second model to the first
+OUTCOMES = (*TURNED, "right in both", "wrong in both", "no one right answer")
 
 
 def find_forgetting(first: Side, second: Side) -> pl.DataFrame:
@@ -57,7 +59,7 @@ def find_forgetting(first: Side, second: Side) -> pl.DataFrame:
         second: what it is not to fall behind, normally the base model.
 
     Returns:
-        CHANGES frame; a row of verdict "worse" is an alarm. Verdicts are on these checkpoints and
+        FORGETTING frame; a row of verdict "worse" is an alarm. Verdicts are on these checkpoints and
         not adjusted, so about one in forty rows is an alarm where nothing was forgotten.
 
     Raises:
@@ -77,33 +79,38 @@ def find_forgetting(first: Side, second: Side) -> pl.DataFrame:
                 verdict = judge(effect.value, effect.p)
                 known = (effect.value, effect.stderr, effect.low, effect.high, effect.n, verdict, effect.detectable)
                 rows.append((first.name, second.name, task, field, *known))
-    return pl.DataFrame(rows, CHANGES, orient="row")
+    return pl.DataFrame(rows, FORGETTING, orient="row")
 
 
-def find_flips(first: Side, second: Side, documents: pl.DataFrame) -> pl.DataFrame:
-    """List the questions that one of two checkpoints alone gets right, the largest changes first.
+def find_changes(first: Side, second: Side, documents: pl.DataFrame) -> pl.DataFrame:
+    """List every question that both answered, with what became of it and how the right answer moved.
 
     Args:
         documents: DOCUMENTS with their texts, such as `run.questions`.
 
     Returns:
-        FLIPS frame, sorted within each task by how much the right answer's log-probability changed.
+        CHANGES frame, by task and question.
 
     Raises:
         SdpoError: the two were asked under different protocols.
     """
     refuse_other_protocols(first, second)
-    key = ["protocol", "task", "item_id"]
-    other = second.items.select(*key, second="correct", before="gold_logp")
-    both = first.items.join(other, on=key).drop_nulls(["correct", "second"])
-    flipped = both.filter(pl.col("correct") != pl.col("second"))
-    texts = documents.select(*key, "text").unique(key, maintain_order=True)
-    return (
-        flipped.join(texts, on=key, how="left")
-        .with_columns(
-            right=pl.when(pl.col("correct") > pl.col("second")).then(pl.lit(first.name)).otherwise(pl.lit(second.name)),
-            gold_logp_change=pl.col("gold_logp") - pl.col("before"),
-        )
-        .sort("task", pl.col("gold_logp_change").abs(), "item_id", descending=[False, True, False])
-        .select(list(FLIPS))
+    other = second.items.select(*QUESTION, was="correct", before="gold_logp")
+    texts = documents.select(*QUESTION, "text").unique(QUESTION, keep="first")
+    both = first.items.join(other, on=QUESTION).join(texts, on=QUESTION, how="left")
+    right, was = pl.col("correct") == 1, pl.col("was") == 1
+    outcome = (
+        pl.when(pl.any_horizontal(pl.col("correct", "was").is_null())).then(pl.lit("no one right answer"))
+        .when(right & was).then(pl.lit("right in both")).when(right).then(pl.lit("became right"))
+        .when(was).then(pl.lit("became wrong")).otherwise(pl.lit("wrong in both"))
+    )  # fmt: skip
+    changes = both.with_columns(
+        question=pl.coalesce("text", "item_id"), outcome=outcome, change=pl.col("gold_logp") - pl.col("before")
     )
+    return changes.select(list(CHANGES)).sort("task", "item_id")
+
+
+def find_flips(changes: pl.DataFrame) -> pl.DataFrame:
+    """Keep of CHANGES the questions that one model alone gets right, the largest changes of each task first."""
+    flips = changes.filter(pl.col("outcome").is_in(TURNED))
+    return flips.sort("task", pl.col("change").abs(), "item_id", descending=[False, True, False], nulls_last=True)

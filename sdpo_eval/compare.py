@@ -18,7 +18,7 @@ import tyro
 from sdpo_data.console import command, print_table, say
 from sdpo_data.run import Run, open_run
 from sdpo_data.tables import ITEMS, SdpoError
-from sdpo_eval.changes import find_flips
+from sdpo_eval.changes import find_changes, find_flips
 from sdpo_eval.clean import read_clean
 from sdpo_eval.contrasts import (
     METHODS,
@@ -160,8 +160,10 @@ def _print_flips(first: Side, second: Side, runs: list[Run], count: int) -> None
     pairs = [as_documents(run.held_out, scores) for run in runs if (scores := read_held_out(run)).height]
     texts = pl.concat([*(run.questions for run in runs), *pairs])
     for one, two in pair_seeds(first, second):
-        flips = find_flips(one, two, texts).sort(pl.col("gold_logp_change").abs(), descending=True, maintain_order=True)
-        shown = flips.head(count).select("task", "item_id", "right", "gold_logp_change", "text")
+        flips = find_flips(find_changes(one, two, texts))
+        largest = flips.sort(pl.col("change").abs(), descending=True, nulls_last=True, maintain_order=True).head(count)
+        right = pl.when(outcome="became right").then(pl.lit(one.name)).otherwise(pl.lit(two.name))
+        shown = largest.select("task", "item_id", "question", right=right, gold_logp_change="change")
         title = f"{one.name} − {two.name}: {flips.height:,} questions that one alone gets right"
         print_table(shown, f"{title}; those whose right answer changed most, nats")
 

@@ -8,8 +8,8 @@ import polars as pl
 from sdpo_data.tables import UNIT
 from sdpo_eval import plots, plots_chain
 from sdpo_eval.blocks import Block, Drawing, Estimate, Heading, Prose, Table
-from sdpo_eval.changes import find_flips, find_forgetting
-from sdpo_eval.contrasts import METRICS, QUESTION, TITLES, Side, contrast_models, pair_seeds, refuse_other_protocols
+from sdpo_eval.changes import find_changes, find_flips, find_forgetting
+from sdpo_eval.contrasts import METRICS, TITLES, Side, contrast_models, pair_seeds
 from sdpo_eval.evidence import Evidence, pair_sides
 from sdpo_eval.held_out import find_best_steps
 from sdpo_eval.margins import HELD_OUT, measure_displacement, summarise_margins
@@ -27,7 +27,7 @@ def tell_changes(evidence: Evidence) -> Iterator[Block]:
     yield Heading("What changed, question by question")
     models = [pair for one, two in sides for pair in pair_seeds(one, two)]
     one, two = models[0]
-    changes = find_changes(one, two, evidence.documents)
+    changes = find_changes(one, two, evidence.documents).drop_nulls("change")
     if changes["change"].n_unique() > 1:
         changes = changes.with_columns(pl.col("task").replace(TITLES))
         yield Drawing("items", lambda: plots.plot_items(changes, (one.name, two.name)))
@@ -73,23 +73,20 @@ def tell_forgetting(evidence: Evidence) -> Iterator[Block]:
 def _flips(evidence: Evidence, models: list[tuple[Side, Side]]) -> Iterator[Block]:
     counts, shown = [], []
     for one, two in models:
-        flips = find_flips(one, two, evidence.documents)
-        contrast = name_contrast({"first": one.name, "second": two.name})
+        flips = find_flips(find_changes(one, two, evidence.documents))
+        contrast = {"contrast": name_contrast({"first": one.name, "second": two.name})}
         for (task,), own in flips.group_by("task", maintain_order=True):
-            up = own.filter(right=one.name).height
+            up = own.filter(outcome="became right").height
             counts.append(
-                {
-                    "contrast": contrast,
-                    "task": TITLES.get(str(task), task),
-                    "only_first": up,
-                    "only_second": own.height - up,
-                }
+                contrast | {"task": TITLES.get(str(task), task), "only_first": up, "only_second": own.height - up}
             )
-        largest = flips.sort(pl.col("gold_logp_change").abs(), descending=True, maintain_order=True).head(SHOWN_FLIPS)
+        largest = flips.sort(pl.col("change").abs(), descending=True, nulls_last=True, maintain_order=True)
         shown += [
-            {"contrast": contrast, "right": row["right"], "task": TITLES.get(row["task"], row["task"])}
-            | {"question": row["text"] or row["item_id"], "gold_logp_change": row["gold_logp_change"]}
-            for row in largest.iter_rows(named=True)
+            contrast
+            | {"right": one.name if row["outcome"] == "became right" else two.name}
+            | {"task": TITLES.get(row["task"], row["task"]), "question": row["question"]}
+            | {"gold_logp_change": row["change"]}
+            for row in largest.head(SHOWN_FLIPS).iter_rows(named=True)
         ]
     if counts:
         yield Table("flips", "Questions that one model alone gets right", counts, folded=len(counts) > MOST_COUNTS)
@@ -129,32 +126,3 @@ def tell_held_out(evidence: Evidence) -> Iterator[Block]:
     yield Table("held_out", "Held-out pairs under each model; standard errors cluster pairs by prompt", rows, units)
     if moved.height:
         yield Drawing("displacement", lambda: plots_chain.plot_displacement(moved))
-
-
-def find_changes(first: Side, second: Side, documents: pl.DataFrame) -> pl.DataFrame:
-    """List every question that both answered, with how the right answer moved and what became of it.
-
-    Args:
-        documents: DOCUMENTS with their texts, such as `run.questions`.
-
-    Returns:
-        task, item_id, question (its text, or its id), outcome ("became right", "became wrong",
-        "right in both", "wrong in both", "no one right answer"), change
-        (of the right answer's log-probability, first - second, nats).
-
-    Raises:
-        SdpoError: the two were asked under different protocols.
-    """
-    refuse_other_protocols(first, second)
-    other = second.items.select(*QUESTION, was="correct", before="gold_logp")
-    both = first.items.join(other, on=QUESTION).drop_nulls(["gold_logp", "before"])
-    both = both.join(documents.select(*QUESTION, "text").unique(QUESTION, keep="first"), on=QUESTION, how="left")
-    right, was = pl.col("correct") == 1, pl.col("was") == 1
-    outcome = (
-        pl.when(pl.col("correct").is_null() | pl.col("was").is_null()).then(pl.lit("no one right answer"))
-        .when(right & was).then(pl.lit("right in both")).when(right).then(pl.lit("became right"))
-        .when(was).then(pl.lit("became wrong")).otherwise(pl.lit("wrong in both"))
-    )  # fmt: skip
-    text = pl.coalesce("text", "item_id")
-    change = pl.col("gold_logp") - pl.col("before")
-    return both.select("task", "item_id", question=text, outcome=outcome, change=change).sort("task", "item_id")

@@ -13,7 +13,7 @@ import sdpo_eval
 from sdpo_data.messages import plain_texts
 from sdpo_data.run import Run
 from sdpo_data.tables import CONTAMINATION, DOCUMENTS, ITEMS, SdpoError
-from sdpo_eval.changes import FIELDS, find_flips, find_forgetting
+from sdpo_eval.changes import FIELDS, find_changes, find_flips, find_forgetting
 from sdpo_eval.clean import Clean, read_clean
 from sdpo_eval.compare import compare_models, find_worse, main, tabulate_clean
 from sdpo_eval.contrasts import (
@@ -310,13 +310,14 @@ def test_flips_with_and_without_text():
     # 0 and 2 flip; the right answer's log-probability changed by -4 in 0 and +6 in 2: 2 comes first
     first = items("a", [0, 1, 1, 0]).with_columns(gold_logp=pl.Series([-5.0, -1.0, -1.0, -9.0]))
     second = items("b", [1, 1, 0, 0]).with_columns(gold_logp=pl.Series([-1.0, -9.0, -7.0, -1.0]))
-    got = find_flips(side(first), side(second), DOCUMENTS.to_frame())
-    assert got.select("item_id", "right", "gold_logp_change", "text").rows() == [
-        ("arc_challenge/2", "a", 6.0, None),
-        ("arc_challenge/0", "b", -4.0, None),
+    got = find_flips(find_changes(side(first), side(second), DOCUMENTS.to_frame()))
+    assert got.select("item_id", "outcome", "change", "question").rows() == [
+        ("arc_challenge/2", "became right", 6.0, "arc_challenge/2"),
+        ("arc_challenge/0", "became wrong", -4.0, "arc_challenge/0"),
     ]
-    documents = first.select("protocol", "task", "item_id", text="item_id").head(1)
-    assert find_flips(side(first), side(second), documents)["text"].to_list() == [None, "arc_challenge/0"]
+    documents = first.select("protocol", "task", "item_id", text=pl.lit("Why?")).head(1)
+    told = find_flips(find_changes(side(first), side(second), documents))
+    assert told["question"].to_list() == ["arc_challenge/2", "Why?"]
 
 
 # --- the command ----------------------------------------------------------------------------
@@ -408,20 +409,14 @@ def test_the_command_shows_questions_that_flipped(run, capsys):
     write(run / "questions/hellaswag.parquet", texts, DOCUMENTS)
     main([str(run), "--flips", "9999"])
     said = " ".join(capsys.readouterr().out.split())
-    flips = find_flips(choose_models(Run(run).items, "sdpo"), choose_models(Run(run).items, "base"), Run(run).questions)
-    held = as_items(read_held_out(Run(run)))
-    pairs = find_flips(
-        choose_models(held, "sdpo"),
-        choose_models(held, "base"),
-        as_documents(Run(run).held_out, read_held_out(Run(run))),
-    )
-    assert pairs.height
-    assert f"sdpo step 2 − base: {flips.height + pairs.height:,} questions that one alone gets right" in said
-    assert (
-        pairs["text"]
-        .is_in(Run(run).held_out.select(plain_texts(Run(run).held_out, "prompt")).to_series().to_list())
-        .all()
-    )
+    held, prompts = as_items(read_held_out(Run(run))), Run(run).held_out
+    texts = pl.concat([Run(run).questions, as_documents(prompts, read_held_out(Run(run)))])
+    answers = pl.concat([Run(run).items, held])
+    flips = find_flips(find_changes(choose_models(answers, "sdpo"), choose_models(answers, "base"), texts))
+    assert f"sdpo step 2 − base: {flips.height:,} questions that one alone gets right" in said
+    of_pairs = flips.filter(task=HELD_OUT)["question"]
+    assert of_pairs.len()
+    assert set(of_pairs) <= set(prompts.select(plain_texts(prompts, "prompt")).to_series())
     shown = flips.filter(task="hellaswag").height
     assert 0 < shown == said.count("What is hellaswag/")
 

@@ -18,7 +18,7 @@ from sdpo_data.run import Run
 from sdpo_data.tables import CONTAMINATION, DOCUMENTS, ITEMS, RESULTS, STEPS, SdpoError, check
 from sdpo_eval import EvalConfig, answers, compare_models, evaluate, h4, h4_v1, questions
 from sdpo_eval.answers import answer_requests
-from sdpo_eval.changes import find_flips, find_forgetting
+from sdpo_eval.changes import find_changes, find_flips, find_forgetting
 from sdpo_eval.contrasts import choose_models
 from sdpo_eval.documents import load_documents
 from sdpo_eval.harness import prefix_lm, write_items
@@ -770,7 +770,7 @@ def test_other_tasks_stand_beside_h4_and_are_lm_evals_own(small, models, run, ot
     assert compared.select("task", "effect").rows() == [("mmlu", 0.0), ("choose", 0.0), ("write_it", 0.0)]
     sides = [choose_models(Run(run).items, arm) for arm in ("copy", "base")]
     assert find_forgetting(*sides).select("task").unique().height == 3
-    assert find_flips(*sides, Run(run).questions).is_empty()
+    assert find_flips(find_changes(*sides, Run(run).questions)).is_empty()
 
 
 @pytest.mark.real

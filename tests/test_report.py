@@ -20,8 +20,8 @@ import sdpo_eval
 from sdpo_data.run import Run
 from sdpo_data.tables import ITEMS, METRICS, PAIRS, RESULTS, SCORES, STEPS, SdpoError
 from sdpo_eval.blocks import Estimate, write_number
+from sdpo_eval.changes import find_changes
 from sdpo_eval.contrasts import Side
-from sdpo_eval.detail import find_changes
 from sdpo_eval.evidence import comparable_results, last_metrics, read_evidence
 from sdpo_eval.hub import write_model_index
 from sdpo_eval.margins import summarise_margins
@@ -276,7 +276,7 @@ def test_what_became_of_each_question_by_hand():
     documents = pl.DataFrame({"protocol": ["p@1"], "task": ["mmlu"], "item_id": ["q0"], "text": ["Why?"]})
     assert find_changes(one, two, documents).select("question", "outcome", "change").rows() == [
         ("Why?", "became right", 2.0), ("q1", "became wrong", 0.5), ("q2", "right in both", -1.0),
-        ("q3", "wrong in both", 0.25), ("q4", "no one right answer", 2.0),
+        ("q3", "wrong in both", 0.25), ("q4", "no one right answer", 2.0), ("q5", "right in both", None),
     ]  # fmt: skip
 
 

@@ -335,6 +335,22 @@ def test_base_and_steps_on_the_same_items(small, models, run):
     assert_frame_equal(Run(run).results, results)
 
 
+def test_only_the_steps_and_seeds_asked_for(small, models, run):
+    both = [steps_of(models, "one", "two").with_columns(seed=pl.lit(seed, pl.Int64)) for seed in (3, 5)]
+    steps = pl.concat(both).filter(~((pl.col("seed") == 5) & (pl.col("step") == 2)))  # seed 5 has finished one step
+    asked = {"limit": 1, "tasks": ["arc_challenge"]}
+
+    def models_of(results):
+        return results.select("arm", "seed", "step").rows()
+
+    lasts = evaluate(steps, config(small, steps="last", **asked), run)
+    assert models_of(lasts) == [("base", 0, 0), ("sdpo", 3, 2), ("sdpo", 5, 1)]
+    one = evaluate(steps, config(small, seeds=[5], **asked), base=models / "base")
+    assert models_of(one) == [("base", 0, 0), ("sdpo", 5, 1)]
+    with pytest.raises(SdpoError, match=r"eval.seeds has 4, but no step is finished with it. Finished: seed 3, seed 5"):
+        evaluate(steps, config(small, seeds=[5, 4], **asked), base=models / "base")
+
+
 @pytest.mark.real
 def test_a_result_is_the_mean_of_its_items(small, models, run):
     results = evaluate(models / "one", config(small), run)

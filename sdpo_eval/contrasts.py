@@ -24,7 +24,7 @@ from sdpo_eval.stats import (
     questions_needed,
 )
 
-TITLES = {name: task.title for name, task in TASKS.items()} | {MEAN: "H4", HELD_OUT: "held-out pairs"}
+TITLES = {name: task.title for name, task in TASKS.items()} | {MEAN: "H4", HELD_OUT: "held-out accuracy"}
 """What to call what models are compared by."""
 CHECKPOINTS = "these checkpoints"
 METHODS = "these methods"

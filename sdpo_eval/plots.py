@@ -179,8 +179,8 @@ def plot_findings(findings: pl.DataFrame) -> Figure:
     table = findings.sort("share", "check", descending=[True, False]).with_columns(percent=100 * pl.col("share"))
     y = alt.Y("check:N", title=None, sort=table["check"].to_list())
     base = alt.Chart().encode(y=y.axis(labelLimit=230, grid=True, ticks=False, domain=False))
-    x = alt.X("percent:Q", title="of all pairs [%]", scale=alt.Scale(type="symlog", constant=0.1, domainMin=0))
-    lines = base.mark_rule(strokeWidth=1.5).encode(stroke("severity"), x=x, x2=alt.datum(0))
+    x = alt.X("percent:Q", title="of all pairs [%]", scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=8))
+    lines = base.mark_rule(strokeWidth=1.5, color=GREY).encode(x=x, x2=alt.value(0))  # from the left edge, 0 %
     points = base.mark_point(filled=True, size=75, opacity=1).encode(
         *marks("severity"), x=x,
         tooltip=tooltip("check", "severity", ("pairs", ",", "pairs"), ("percent", ".2f", "%"), "remedy", "pair_id"),
@@ -191,7 +191,7 @@ def plot_findings(findings: pl.DataFrame) -> Figure:
         chart,
         f"Not to be trained on as they are: {', '.join(wrong[:2])}{' ...' if wrong[2:] else ''}" if wrong
         else "Nothing is wrong with the pairs; some are worth a look",
-        '"wrong": not to be trained on as it is; "look": may be meant so. The scale is a logarithm but near 0.',
+        '"wrong": not to be trained on as it is; "look": may be meant so. Hover for what to do.',
     )  # fmt: skip
 
 

@@ -107,7 +107,7 @@ def _findings(evidence: Evidence) -> Iterator[Block]:
     fine = ", ".join(asked.filter(severity="fine")["check"])
     if found.height:
         yield Drawing("findings", lambda: plots.plot_findings(found))
-        rows = found.with_columns(share=(100 * pl.col("share")).round(1)).drop("pair_id").to_dicts()
+        rows = [row | {"share": f"{100 * row['share']:.1f}"} for row in found.drop("pair_id").iter_rows(named=True)]
         yield Table("findings", "What pairs have, and what to do", rows, {"share": "%"}, folded=len(rows) > 6)
     yield Prose(f"Asked and not found: {fine or 'nothing'}.")
     yield Prose(f"{bias['check'].capitalize()}: {bias['remedy']}.")

@@ -523,14 +523,14 @@ def test_the_verdict_may_be_named_on_held_out_pairs(run):
         file.write("compare:\n  primary_task: held_out\n")
     report = Report(run)
     lead = report.markdown().split("sdpo step 2 against dpo step 1: ", 1)[1]
-    assert lead.index("held-out pairs, ") < lead.index("H4, ")
-    assert "The primary contrast is sdpo - dpo by held-out pairs" in report.markdown()
-    assert set(report.table("contrasts")["task"]) == {"held-out pairs"}
+    assert lead.index("held-out accuracy, ") < lead.index("H4, ")
+    assert "The primary contrast is sdpo - dpo by held-out accuracy" in report.markdown()
+    assert set(report.table("contrasts")["task"]) == {"held-out accuracy"}
     assert "H4" in set(report.table("task_contrasts")["task"])
     for file in (*run.glob("items/*"), run / "results.parquet"):
         file.unlink()
     alone = Report(run)  # not evaluated yet: held-out pairs decide, and H4's command is named
-    assert "held-out pairs: base " in alone.markdown()
+    assert "held-out accuracy: base " in alone.markdown()
     assert any(warning.startswith("H4 of the base model and of every step is missing") for warning in alone.warnings)
 
 
@@ -539,4 +539,4 @@ def test_held_out_pairs_fail_no_gate_but_alone():
     held = known.with_columns(task=pl.lit(HELD_OUT), low=pl.lit(-50.0))
     fine = known.with_columns(low=pl.lit(0.0))
     assert find_worse(pl.concat([fine, held]), 1.0) == []
-    assert "held-out pairs: it may be 50.00 points worse" in find_worse(held, 1.0)[0]
+    assert "held-out accuracy: it may be 50.00 points worse" in find_worse(held, 1.0)[0]

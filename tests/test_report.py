@@ -367,7 +367,7 @@ def test_only_a_base_model_evaluated(own_run):
     results.write_parquet(own_run / "results.parquet")
     report = Report(own_run)
     assert report.table("scores")["model"].to_list() == ["base", "guessing"]
-    assert set(report.table("task_contrasts")["task"]) == {"held-out pairs"}  # which every step has answered
+    assert set(report.table("task_contrasts")["task"]) == {"held-out accuracy"}  # which every step has answered
     shutil.rmtree(own_run / "held_out_scores")
     assert Report(own_run).table("task_contrasts") is None
 

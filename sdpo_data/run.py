@@ -22,7 +22,7 @@ from typing import Any
 import filelock
 import polars as pl
 
-from sdpo_data.tables import DOCUMENTS, DROPPED, ITEMS, METRICS, STEPS, SdpoError, check
+from sdpo_data.tables import DOCUMENTS, DROPPED, ITEMS, METRICS, STEPS, UNIT, SdpoError, check
 
 log = logging.getLogger(__name__)
 
@@ -274,6 +274,19 @@ class Run:
         """Keep other processes from the files that all units write: lineage, dropped pairs, config."""
         self.path.mkdir(parents=True, exist_ok=True)
         return filelock.FileLock(self.path / ".lock")
+
+
+def only_kept(steps: pl.DataFrame, why: str) -> pl.DataFrame:
+    """Keep the rows of STEPS whose weights are still there, and name the others: `train.keep: last` removes some.
+
+    Args:
+        why: what the others are left out of, for the line that says so.
+    """
+    kept = steps["model"].map_elements(lambda model: any(Path(model).glob("*.safetensors")), pl.Boolean)
+    gone = steps.filter(~kept).select(pl.format("{}/{}/{}", *UNIT)).to_series()
+    if len(gone):
+        log.warning("%s: weights not kept (train.keep last), so left out of %s.", ", ".join(gone), why)
+    return steps.filter(kept)
 
 
 def open_run(path: str | Path) -> Run:

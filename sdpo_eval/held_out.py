@@ -18,7 +18,7 @@ from sdpo_data import workers
 from sdpo_data.config import read_command
 from sdpo_data.console import command, print_table, say
 from sdpo_data.models import model_key
-from sdpo_data.run import Run
+from sdpo_data.run import Run, only_kept
 from sdpo_data.score import ScoreConfig, score_pairs
 from sdpo_data.tables import LOGP_MARGIN, PAIRS, SCORES, STEPS, UNIT, SdpoError, check
 from sdpo_eval.margins import HELD_OUT_SCORES, read_held_out, summarise_margins
@@ -67,7 +67,8 @@ def score_held_out(
     if pairs.is_empty():
         raise SdpoError(f"{run.path}/held_out.parquet holds no pair. Set pairs.hold_out in a new run folder.")
     frames: dict[str, pl.DataFrame] = {}
-    models = [("base", 0, 0, str(base), model_key(base)), *run.steps.select(*UNIT, "model", "model_key").rows()]
+    steps = only_kept(run.steps, "the held-out scores").select(*UNIT, "model", "model_key")
+    models = [("base", 0, 0, str(base), model_key(base)), *steps.rows()]
     for arm, seed, step, model, key in models:
         table = f"held_out_scores/{arm}-{seed}-{step}"
         recipe = {"model": key, **config.model_dump(exclude={"token_budget", "store", "against", "keep_token_logps"})}

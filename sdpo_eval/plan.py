@@ -15,7 +15,7 @@ import ruamel.yaml
 from sdpo_data import workers
 from sdpo_data.config import Settings, merge_config
 from sdpo_data.models import model_key
-from sdpo_data.run import Run, Stage, write_atomically
+from sdpo_data.run import Run, Stage, only_kept, write_atomically
 from sdpo_data.tables import DOCUMENTS, STEPS, UNIT, SdpoError, check
 from sdpo_eval import h4
 from sdpo_eval.documents import document_text, fingerprint, load_documents
@@ -189,12 +189,12 @@ def _candidates(models: Any, run: Run, config: EvalConfig, base: "Model | None")
             steps = steps.filter(pl.col("seed").is_in(config.seeds))
         if config.steps == "last":
             steps = steps.filter(pl.col("step") == pl.col("step").max().over("arm", "seed"))
-        rows = steps.select(*UNIT, "model", "model_key").rows()
+        rows = only_kept(steps, "what is evaluated").select(*UNIT, "model", "model_key").rows()
         found = [Candidate("base", 0, 0, base, keys[0]), *(Candidate(*row) for row in rows)]
     for candidate in found:
-        if not re.fullmatch(r"[\w.+=-]+", candidate.arm):
+        if not re.fullmatch(r"[\w.+=,-]+", candidate.arm):
             raise SdpoError(
-                f"A model cannot be called {candidate.arm!r}, as its files are: use letters, digits and . _ + = - only."
+                f"A model cannot be called {candidate.arm!r}, as its files are: use letters, digits and .,_+=- only."
             )
     return found
 

@@ -347,6 +347,10 @@ def test_only_the_steps_and_seeds_asked_for(small, models, run):
     assert models_of(lasts) == [("base", 0, 0), ("sdpo", 3, 2), ("sdpo", 5, 1)]
     one = evaluate(steps, config(small, seeds=[5], **asked), base=models / "base")
     assert models_of(one) == [("base", 0, 0), ("sdpo", 5, 1)]
+    tuned = pl.lit("sdpo,learning_rate=1e-06,beta=0.1")  # a label of train.tune
+    pruned = steps.with_columns(arm=tuned, model=pl.when(step=1).then(pl.lit("nowhere")).otherwise("model"))
+    kept = evaluate(pruned, config(small, **asked), base=models / "base")
+    assert models_of(kept) == [("base", 0, 0), ("sdpo,learning_rate=1e-06,beta=0.1", 3, 2)]
     with pytest.raises(SdpoError, match=r"eval.seeds has 4, but no step is finished with it. Finished: seed 3, seed 5"):
         evaluate(steps, config(small, seeds=[5, 4], **asked), base=models / "base")
 

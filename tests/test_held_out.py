@@ -115,6 +115,17 @@ def test_every_model_scores_the_held_out_pairs_once(run, tiny_model, pairs, monk
         score_held_out(Run(run), tiny_model, ScoreConfig(max_length=512))
 
 
+def test_a_step_whose_weights_were_not_kept_is_named(run, tiny_model, caplog):
+    whole = score_held_out(Run(run), tiny_model)
+    shutil.rmtree(run / "held_out_scores")
+    steps = pl.read_parquet(run / "arms/sdpo/seed_0/steps.parquet")
+    gone = pl.when(step=1).then(pl.lit(str(run / "nowhere"))).otherwise("model")
+    steps.with_columns(model=gone).write_parquet(run / "arms/sdpo/seed_0/steps.parquet")
+    got = score_held_out(Run(run), tiny_model)
+    assert got.equals(whole.filter(pl.col("step") != 1))
+    assert "sdpo/0/1: weights not kept (train.keep last), so left out of the held-out scores." in caplog.text
+
+
 def test_weights_that_changed_since_their_step(run, tiny_model):
     shutil.copy(tiny_model / "model.safetensors", run.parent / "moved/model.safetensors")
     with pytest.raises(SdpoError, match=r"moved holds the weights \w+, but its step wrote \w+. Train the step again"):

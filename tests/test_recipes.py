@@ -75,5 +75,5 @@ def test_the_papers_recipe_sees_its_two_sources_and_orders_them_by_reward_accura
 
 
 def test_an_unknown_recipe_names_those_there_are():
-    with pytest.raises(SdpoError, match=r"There are: demo, paper, qwen-0\.5b, solar-10\.7b, zephyr-7b\."):
+    with pytest.raises(SdpoError, match=r"There are: demo, paper, qwen-0\.5b, solar-10\.7b, study, zephyr-7b\."):
         read("solar")

@@ -98,18 +98,40 @@ def test_the_file_map_names_files_that_are_there():
             assert (ROOT / str(package) / f"{own[2]}.py").exists(), line
 
 
-@pytest.mark.slow
-def test_the_fifteen_lines_run(tiny_model, pair_file, tmp_path, monkeypatch):
+@pytest.fixture
+def far_reading(tiny_model, tmp_path) -> Path:
+    """Give the tiny model room for 25 shots in bytes."""
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    settings = json.loads((model / "config.json").read_text()) | {"max_position_embeddings": 32_768}
+    (model / "config.json").write_text(json.dumps(settings))
+    return model
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("title", ["Your own pairs and model", "On one GPU", "On eight GPUs"])
+def test_what_how_to_shows_runs_line_by_line(title, far_reading, pair_file, tmp_path, run_command, monkeypatch):
+    """With a tiny model, pairs of the tests, one process and one question in place of what the page names."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    page = (ROOT / "docs/how-to.md").read_text("utf-8")
+    (block,) = re.findall(rf"^## {title}\n+```\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    named = {"path/to/my-sft": far_reading, "my-org/my-sft": far_reading, "my-org/my-pairs:train": pair_file}
+    named["my_pairs.jsonl"] = pair_file
+    for line in block.splitlines():
+        module, run, *words = shlex.split(re.sub(r"^(python|accelerate launch --num_processes 8) -m ", "", line))
+        flags = [named.get(word, word) for word in words]
+        if module == "sdpo_eval":
+            flags += ["--tasks", "hellaswag", "--limit", "1"]
+        code, _, err = run_command(module, str(tmp_path / Path(run).name), *flags)
+        assert code == 0, f"{line}: {err}"
+
+
+@pytest.mark.real
+def test_the_fifteen_lines_run(far_reading, pair_file, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (code,) = [text for page, language, text in BLOCKS if page.name == "README.md" and language == "python"]
     assert len(code.splitlines()) <= 15
-    model = shutil.copytree(tiny_model, tmp_path / "model")
-    settings = json.loads((model / "config.json").read_text()) | {
-        "max_position_embeddings": 32_768
-    }  # 25 shots in bytes
-    (model / "config.json").write_text(json.dumps(settings))
     replaced = {
-        '"embedded:smollm2-135m"': repr(str(model)),
+        '"embedded:smollm2-135m"': repr(str(far_reading)),
         '["embedded:alpaca-eval", "embedded:piqa"]': repr(str(pair_file)),
         '"runs/a"': repr(str(tmp_path / "a")),
         "evals.Report(": "report = evals.Report(",

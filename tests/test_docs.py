@@ -119,6 +119,8 @@ def test_what_how_to_shows_runs_line_by_line(title, far_reading, pair_file, tmp_
     for line in block.splitlines():
         module, run, *words = shlex.split(re.sub(r"^(python|accelerate launch --num_processes 8) -m ", "", line))
         flags = [named.get(word, word) for word in words]
+        if "--source" in words:
+            flags += ["--hold-out", "0.5"]  # of eight pairs
         if module == "sdpo_eval":
             flags += ["--tasks", "hellaswag", "--limit", "1"]
         code, _, err = run_command(module, str(tmp_path / Path(run).name), *flags)

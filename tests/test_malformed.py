@@ -1,15 +1,18 @@
 """What nobody would write: rows, tables and settings drawn at random are used, or refused in one sentence."""
 
 import io
+import json
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 
 import polars as pl
 import pytest
 import ruamel.yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, reject, settings
 from hypothesis import strategies as st
 
+from sdpo_data import decontaminate, pairs, partition, score
 from sdpo_data.config import read_command
 from sdpo_data.decontaminate import DecontaminateConfig, decontaminate_pairs
 from sdpo_data.doctor import check_pairs
@@ -20,6 +23,7 @@ from sdpo_data.models import load_model, load_tokenizer
 from sdpo_data.pairs import PairsConfig
 from sdpo_data.partition import PartitionConfig, partition_pairs
 from sdpo_data.repair import fix_pairs
+from sdpo_data.run import Run
 from sdpo_data.score import ScoreConfig, score_and_drop
 from sdpo_data.tables import DOCUMENTS, DROPPED, PAIRS, PARTITION, SCORES, SdpoError, check
 
@@ -261,3 +265,44 @@ def test_any_value_of_any_setting_is_taken_or_refused_in_one_sentence(tmp_path_f
     word = data.draw(st.text(max_size=6) | st.sampled_from(["nan", "inf", "-1", "1e400", "--", ",", "٣"]))
     flags = [] if data.draw(st.booleans()) else [f"--{name.replace('_', '-')}", word]
     refusal(lambda: read_command("command", "", section, {section: models[section]}, [str(run), *flags]))
+
+
+TEXT = st.text("ab é", min_size=1, max_size=5).map(str.strip) | st.sampled_from(["the river is long", "x" * 90, ""])
+ROW = st.fixed_dictionaries({"prompt": TEXT, "chosen": TEXT, "rejected": TEXT}) | st.fixed_dictionaries(
+    {"prompt": LEAF, "chosen": LEAF, "rejected": LEAF}
+)
+
+
+@settings(deadline=None, max_examples=12, suppress_health_check=list(HealthCheck))
+@given(rows=st.lists(ROW, min_size=4, max_size=24))
+def test_every_row_is_in_the_partition_held_out_or_dropped(rows, tiny_model, tmp_path_factory):
+    """Over a whole run, every stage that drops: rows in = pairs of the partition + held out + dropped."""
+    folder = tmp_path_factory.mktemp("rows")
+    rows = [{**row, "source": "s"} for row in rows] + [
+        {"prompt": f"what is {n}", "chosen": f"it is {n}", "rejected": "no", "source": "s"} for n in range(6)
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows), "utf-8")
+    (folder / "known.txt").write_text("what is 3\nthe river is long\n")
+    run, model = folder / "run", ["--model", str(tiny_model)]
+    calls: list[tuple[Callable[[], None], list[str]]] = [
+        (pairs.main, [*model, "--source", str(folder / "rows.jsonl"), "--limit", "20", "--hold-out", "0.2", "--fix"]),
+        (decontaminate.main, ["--documents", str(folder / "known.txt"), "--action", "drop"]),
+        (score.main, ["--max-length", "64", "--store", str(folder / "store")]),
+        (partition.main, ["--parts", "2", "--drop-hardest", "0.2", "--hold-out", "0.1"]),
+    ]
+    for main, flags in calls:
+        with unittest.mock.patch("sys.argv", ["command", str(run), *flags]):
+            try:
+                main()
+            except SdpoError:  # too few are left for two parts, or none
+                reject()
+    made = Run(run)
+    kept = made.partition["pair_id"].n_unique()
+    assert kept + made.held_out.height + held_out_parts(run) + made.dropped.height == len(rows)
+    assert set(made.dropped["stage"]) <= {"pairs", "fix", "decontaminate", "score", "partition"}
+    assert made.dropped["reason"].str.len_chars().min() > 0
+
+
+def held_out_parts(run: Path) -> int:
+    path = run / "held_out_parts.parquet"
+    return pl.read_parquet(path)["pair_id"].n_unique() if path.exists() else 0

@@ -25,6 +25,7 @@ import sdpo_data as data
 import sdpo_eval as evals
 import sdpo_train as train
 from sdpo_data.assets import model_folder
+from sdpo_eval.plots import plot_findings
 
 Path("runs").mkdir(exist_ok=True)
 
@@ -70,7 +71,11 @@ pairs.select("source", "prompt", "chosen", "rejected").head(3)
 
 # %%
 MODEL = model_folder("embedded:smollm2-135m")  # a folder with config.json, weights and tokenizer: put yours here
-data.check_pairs(pairs, MODEL, max_length=256)
+findings = data.check_pairs(pairs, MODEL, max_length=256)
+plot_findings(findings)
+
+# %%
+findings.filter(findings["severity"] != "fine").select("check", "severity", "pairs", "remedy")
 
 # %% [markdown]
 # ## Measure, with a difficulty of your own

@@ -174,9 +174,10 @@ def plot_findings(findings: pl.DataFrame) -> Figure:
     """Draw which share of the pairs each check has something to say of; hovering shows the remedy.
 
     Args:
-        findings: rows of FINDINGS that are not "fine".
+        findings: FINDINGS frame, as `check_pairs` gives it; what is "fine" is left out.
     """
-    table = findings.sort("share", "check", descending=[True, False]).with_columns(percent=100 * pl.col("share"))
+    found = findings.filter(pl.col("severity") != "fine").with_columns(percent=100 * pl.col("share"))
+    table = found.sort("share", "check", descending=[True, False])
     y = alt.Y("check:N", title=None, sort=table["check"].to_list())
     base = alt.Chart().encode(y=y.axis(labelLimit=230, grid=True, ticks=False, domain=False))
     x = alt.X("percent:Q", title="of all pairs [%]", scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=8))

@@ -15,7 +15,7 @@ from sdpo_train import dpo, trainer
 from sdpo_train.config import Loss, StepConfig
 from sdpo_train.dpo import train_step
 from sdpo_train.handoff import check_losses, check_start, zero_margin_loss
-from sdpo_train.trainer import PairTrainer, check_trl_section, explained
+from sdpo_train.trainer import PairTrainer, check_trl_section
 from sdpo_train.work import StepWork
 from tests.conftest import QUESTIONS
 
@@ -176,25 +176,6 @@ def test_other_fields_of_trl_reach_it(at_the_start):
     assert (made.weight_decay, made.report_to, made.seed) == (0.1, ["tensorboard"], 3)
     assert isinstance(at_the_start[0], PairTrainer)
     assert at_the_start[0].ref_model is None  # no second model is in memory
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (RuntimeError("CUDA out of memory. Tried to allocate"), r"memory ran out in training. Set train.token_budget"),
-        (MemoryError(), "memory ran out"),
-        (OSError(28, "No space left on device"), "the disk is full"),
-        (RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos"), "the disk is full"),
-    ],
-)
-def test_memory_and_disk_are_explained(second, error, said):
-    with pytest.raises(SdpoError, match=said), explained(second(), FAST):
-        raise error
-
-
-def test_a_bug_is_not_explained_away(second):
-    with pytest.raises(RuntimeError, match="size mismatch"), explained(second(), FAST):
-        raise RuntimeError("size mismatch")
 
 
 @pytest.mark.real

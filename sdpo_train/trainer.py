@@ -9,6 +9,8 @@ when whole, a schedule or moments that go on from the step before, and an orderl
 import contextlib
 import dataclasses
 import logging
+import os
+import shutil
 import time
 import typing
 import warnings
@@ -110,6 +112,9 @@ def train_pairs(
     key = work.key(config)
     found = newest(scratch, key) if workers.is_main() else None
     found = workers.share(found)
+    events = work.out.parent / "runs" / work.out.name
+    if found is None and workers.is_main():
+        shutil.rmtree(events, ignore_errors=True)  # of updates that are made again
     watch = _Watch(work, config, key, scratch, reference)
     watch.facts = found[1] if found else {}
     bar = progress(
@@ -117,7 +122,8 @@ def train_pairs(
     )
     with bar as advance, explained(work, config, "training", _longest(encoded)), noted_signals() as asked:
         watch.advance, watch.asked = advance, asked
-        watch.trainer = trainer = _trainer(work, config, encoded, reference, model, tokenizer, scratch, watch)
+        with _event_files(events):
+            watch.trainer = trainer = _trainer(work, config, encoded, reference, model, tokenizer, scratch, watch)
         trainer._total_train_tokens = watch.facts.get("tokens", 0)  # which TRL counts from zero after a resume
         if found:
             log.info("%s step %d goes on from %s", work.arm, work.step, found[0].name)
@@ -228,6 +234,23 @@ class PairTrainer(WholeUpdates, DPOTrainer):
 
 
 @contextlib.contextmanager
+def _event_files(folder: Path) -> Iterator[None]:
+    """Have a trainer made now write TensorBoard's files there, not among its checkpoints, which go.
+
+    transformers 5 takes the place from the environment alone; what the user says there goes first.
+    """
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+@contextlib.contextmanager
 def _no_hash() -> Iterator[None]:
     """Keep TRL from hashing all weights for a cache of reference log-probabilities that is not used here."""
     hash_module = dpo_trainer.hash_module
@@ -319,7 +342,7 @@ def _longest(encoded: pl.DataFrame) -> int:
 
 
 def _arguments(config: StepConfig, scratch: Path, seed: int) -> DPOConfig:
-    given: dict[str, Any] = {"report_to": "none"} | config.trl
+    given: dict[str, Any] = {"report_to": "none", "disable_tqdm": True} | config.trl
     return DPOConfig(
         output_dir=str(scratch),
         beta=config.beta,
@@ -340,7 +363,6 @@ def _arguments(config: StepConfig, scratch: Path, seed: int) -> DPOConfig:
         logging_steps=1,
         logging_nan_inf_filter=False,  # else a NaN loss is logged as the last good one
         save_strategy="no",  # _Watch says when
-        disable_tqdm=True,
         **given,
     )
 

@@ -18,6 +18,10 @@ NOT_NUMBERS_OF_TRL = {  # and fields of DPOConfig: where what is told goes, and 
     "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
     "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node",
 }  # fmt: skip
+ADAMS = (
+    "adamw_torch_fused",
+    "adamw_torch",
+)  # those of TRL's optimizers whose moments can be carried on: see `optimizer`
 ROW_TOKENS = {"cpu": 256, "cuda": 8192}  # of a forward pass: dense masks in rows of 512 cost a CPU 15 % more a token
 
 
@@ -65,6 +69,11 @@ class TrainConfig(TrainerSettings):
     def _go_together(self) -> "TrainConfig":
         if self.optimizer == "carry" and self.lora_rank:
             raise ValueError("optimizer 'carry' needs lora_rank 0: a step's adapters are merged, their moments gone")
+        if self.optimizer == "carry" and self.trl.get("optim", ADAMS[0]) not in ADAMS:
+            raise ValueError(
+                f"optimizer 'carry' hands on Adam's moments, but trl.optim is {self.trl['optim']!r}; take one of "
+                f"{', '.join(ADAMS)}, or optimizer 'reset'"
+            )
         if self.keep_adapters and not self.lora_rank:
             raise ValueError("keep_adapters needs a lora_rank above 0: without one there are no adapters")
         return self

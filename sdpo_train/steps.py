@@ -55,6 +55,10 @@ class Chain:
     def steps(self) -> range:
         return range(1, len(self.config) + 1)
 
+    def unit(self, step: int) -> tuple[str, int, int]:
+        """Name a step as --unit does: arm, seed, step."""
+        return self.variant.label, self.seed, step
+
     def row(self, step: int) -> dict[str, Any] | None:
         """Give the STEPS row of a finished step."""
         path = self.folder / "steps.parquet"
@@ -134,8 +138,9 @@ def run_sdpo(
         STEPS frame of all arms and seeds asked for, finished ones included.
 
     Raises:
-        SdpoError: a step was finished with other settings; a start or reference does not have the
-            weights its arm declares; another process is at work on the same step.
+        SdpoError: a step was finished with other settings; train.trl is not for DPOConfig; a start or
+            reference does not have the weights its arm declares; another process is at work on the
+            same step.
 
     Source: arXiv 2403.19270, section 3.2: M_t = DPO(start M_{t-1}, reference M_{t-1}, D_t).
     """
@@ -158,9 +163,14 @@ def run_sdpo(
         chain(run, one, seed, partition, str(model), scores, force=force) for one in found for seed in config.seeds
     ]
     wanted = _wanted(chains, units)
+    undone = any(one.row(step) is None for one in chains for step in one.steps if one.unit(step) in wanted)
+    if config.trl and train_step is None and (undone or force):
+        from sdpo_train.trainer import check_trl_section  # before hours of training, not after
+
+        check_trl_section(config)
     for one in chains:
         for step in one.steps:
-            if (one.variant.label, one.seed, step) in wanted:
+            if one.unit(step) in wanted:
                 _run_unit(one, step, given)
         if one.row(one.steps[-1]) is not None:
             if workers.is_main() and train_step is None:
@@ -206,7 +216,7 @@ def _held_out(run: Run, pairs: pl.DataFrame) -> tuple[pl.DataFrame | None, pl.Da
 
 
 def _wanted(chains: list[Chain], units: Sequence[str]) -> set[tuple[str, int, int]]:
-    there = {(one.variant.label, one.seed, step) for one in chains for step in one.steps}
+    there = {one.unit(step) for one in chains for step in one.steps}
     if not units:
         return there
     asked = set()

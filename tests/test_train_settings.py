@@ -86,3 +86,18 @@ def test_settings_that_change_no_number_are_in_no_recipe(work):  # noqa: F811
     other = StepConfig(trl={"weight_decay": 0.1})
     assert recipe(plain) != recipe(other)
     assert work().key(plain) != work().key(other)
+
+
+def test_what_trl_does_not_take_is_refused_from_python_too(inputs, tmp_path):
+    with pytest.raises(SdpoError, match=r"train\.trl\.learning_rate is decided by train\.learning_rate"):
+        train(inputs, tmp_path / "run", trl={"learning_rate": 1e-6})
+    with pytest.raises(SdpoError, match=r"train\.trl\.weight_decay is 'much'"):
+        train(inputs, tmp_path / "run", trl={"weight_decay": "much"})
+    assert not (tmp_path / "run/arms").exists()
+
+
+def test_moments_that_cannot_be_carried_are_refused():
+    with pytest.raises(ValueError, match=r"hands on Adam's moments, but trl\.optim is 'sgd'; take one of adamw_torch"):
+        TrainConfig(optimizer="carry", trl={"optim": "sgd"})
+    TrainConfig(optimizer="carry", trl={"optim": "adamw_torch"})
+    TrainConfig(trl={"optim": "sgd"})

@@ -176,7 +176,7 @@ def run_sdpo(
             if workers.is_main() and train_step is None:
                 write_card(run, one.variant.label, one.seed)
             if config.export_dtype or config.push_to_hub:
-                _publish(one, config, alone=len(chains) == 1)
+                _publish(one, given, alone=len(chains) == 1)
     done = [pl.read_parquet(path) for one in chains if (path := one.folder / "steps.parquet").exists()]
     return check(pl.concat([STEPS.to_frame(), *(rows.select(list(STEPS)) for rows in done)]), STEPS, "steps")
 
@@ -354,10 +354,11 @@ def _prune(folder: Path) -> None:
         path.unlink()
 
 
-def _publish(own: Chain, config: TrainConfig, *, alone: bool) -> None:
-    """Write, and upload where asked, the last model of a chain."""
-    from sdpo_train.publish import publish
+def _publish(own: Chain, given: Inputs, *, alone: bool) -> None:
+    """Write, and upload where asked, the last model of a chain: each once."""
+    from sdpo_train.publish import publish, upload
 
+    config = given.config
     if config.push_to_hub and not alone:
         raise SdpoError(
             f"train.push_to_hub {config.push_to_hub!r} names one repository, but several arms or seeds were trained. "
@@ -365,10 +366,15 @@ def _publish(own: Chain, config: TrainConfig, *, alone: bool) -> None:
         )
     model, key = own.model(own.steps[-1])
     unit, numbers = f"{own.name}/published", {"model": key, "export_dtype": config.export_dtype}
-    with workers.main_stage(own.run, unit, numbers) as stage:
+    with workers.main_stage(own.run, unit, numbers, force=given.force) as stage:
         if not stage.current and workers.is_main():
-            publish(Path(model), own.run.path / unit, config.export_dtype or "float32", config.push_to_hub)
+            publish(Path(model), own.run.path / unit, config.export_dtype or "float32")
             stage.outputs.append(unit)
+    if config.push_to_hub:
+        numbers |= {"repository": config.push_to_hub}
+        with workers.main_stage(own.run, f"{own.name}/uploaded", numbers, force=given.force) as stage:
+            if not stage.current and workers.is_main():
+                upload(own.run.path / unit, config.push_to_hub)
 
 
 def _dpo_step() -> TrainStep:

@@ -47,10 +47,6 @@ def main() -> None:
     if "plan" in call.asked:
         print_plan(run, config, call.model, as_json="json" in call.asked)
         return
-    if config.trl:
-        from sdpo_train.trainer import check_trl_section  # before hours of training, not after
-
-        check_trl_section(config)
     steps = run_sdpo(
         run.pairs,
         run.partition,

@@ -14,6 +14,14 @@ NOT_NUMBERS = {  # settings that do not change what one step computes
     "arms", "seeds", "tune", "token_budget", "checkpoint_minutes", "keep", "keep_adapters", "export_dtype",
     "push_to_hub", "diagnose", "kl_samples", "selective_share",  # which pairs are left is told by the pairs
 }  # fmt: skip
+NOT_NUMBERS_OF_TRL = {  # and fields of DPOConfig: where what is told goes, and how much of it
+    "report_to", "run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id",
+    "disable_tqdm", "log_level", "log_level_replica", "log_on_each_node",
+}  # fmt: skip
+ADAMS = (
+    "adamw_torch_fused",
+    "adamw_torch",
+)  # those of TRL's optimizers whose moments can be carried on: see `optimizer`
 ROW_TOKENS = {"cpu": 256, "cuda": 8192}  # of a forward pass: dense masks in rows of 512 cost a CPU 15 % more a token
 
 
@@ -54,12 +62,18 @@ class TrainConfig(TrainerSettings):
     push_to_hub: str | None = None
     """Upload the published model of a single arm and seed to this hub repository, with its card."""
     trl: dict[str, Any] = pydantic.Field({})
-    """Any other field of TRL's DPOConfig, such as {weight_decay: 0.01, report_to: tensorboard}; checked against it."""
+    """Any other field of TRL's DPOConfig, such as {weight_decay: 0.01, report_to: tensorboard}; checked against it.
+    TensorBoard's files go to arms/<arm>/seed_<s>/runs/step_<t>."""
 
     @pydantic.model_validator(mode="after")
     def _go_together(self) -> "TrainConfig":
         if self.optimizer == "carry" and self.lora_rank:
             raise ValueError("optimizer 'carry' needs lora_rank 0: a step's adapters are merged, their moments gone")
+        if self.optimizer == "carry" and self.trl.get("optim", ADAMS[0]) not in ADAMS:
+            raise ValueError(
+                f"optimizer 'carry' hands on Adam's moments, but trl.optim is {self.trl['optim']!r}; take one of "
+                f"{', '.join(ADAMS)}, or optimizer 'reset'"
+            )
         if self.keep_adapters and not self.lora_rank:
             raise ValueError("keep_adapters needs a lora_rank above 0: without one there are no adapters")
         return self

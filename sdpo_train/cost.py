@@ -259,7 +259,7 @@ def advise(shape: Shape, unit: Unit, available: int) -> str | None:
         return None
     said = f"It needs about {_gib(needed)} GiB, and {_gib(available)} are available."
     steps: list[str] = []
-    for name, value, changed in _savings(unit):
+    for name, value, changed in list_savings(unit):
         total = estimate_memory(shape, changed).total
         if total >= needed:
             continue
@@ -269,6 +269,25 @@ def advise(shape: Shape, unit: Unit, available: int) -> str | None:
             return f"{said} Set {', then '.join(steps)}."
     tried = f" Even with {', '.join(steps)} it does not fit:" if steps else ""
     return f"{said}{tried} take a smaller model, or a device with more memory."
+
+
+def list_savings(unit: Unit) -> Iterator[tuple[str, str, Unit]]:
+    """Give the settings that save memory, those not made yet, with values to try: the cheapest first.
+
+    Yields:
+        Name of the setting in section train, its value, and the unit with it and all before it.
+    """
+    if unit.row_tokens > 2 * unit.longest:
+        unit = replace(unit, row_tokens=2 * unit.longest)
+        yield "token_budget", str(unit.row_tokens), unit
+    if not unit.gradient_checkpointing:
+        unit = replace(unit, gradient_checkpointing=True)
+        yield "gradient_checkpointing", "true", unit
+    if not unit.lora_rank:
+        unit = replace(unit, lora_rank=16)
+        yield "lora_rank", "16", unit
+    if unit.longest > 1:
+        yield "max_length", str(unit.longest // 2), replace(unit, longest=unit.longest // 2)
 
 
 def _activations(shape: Shape, unit: Unit) -> int:
@@ -284,21 +303,6 @@ def _activations(shape: Shape, unit: Unit) -> int:
 def _is_in_a_layer(name: str) -> bool:
     """Whether a matrix stands in a layer: those outside are embeddings and the head."""
     return any(part.isdigit() for part in name.split("."))
-
-
-def _savings(unit: Unit) -> Iterator[tuple[str, str, Unit]]:
-    """Give the settings that save memory with the values to try, each upon the one before it."""
-    if unit.row_tokens > 2 * unit.longest:
-        unit = replace(unit, row_tokens=2 * unit.longest)
-        yield "token_budget", str(unit.row_tokens), unit
-    if not unit.gradient_checkpointing:
-        unit = replace(unit, gradient_checkpointing=True)
-        yield "gradient_checkpointing", "true", unit
-    if not unit.lora_rank:
-        unit = replace(unit, lora_rank=16)
-        yield "lora_rank", "16", unit
-    if unit.longest > 1:
-        yield "max_length", str(unit.longest // 2), replace(unit, longest=unit.longest // 2)
 
 
 def _gib(size: int) -> str:

@@ -20,7 +20,8 @@ from sdpo_train import handoff
 from sdpo_train.config import StepConfig
 from sdpo_train.diagnostics import contamination_alarm, diagnose_step, split_held_out
 from sdpo_train.divergence import measure_divergence
-from sdpo_train.trainer import MOMENTS, Trained, explained, train_pairs
+from sdpo_train.failures import explained
+from sdpo_train.trainer import MOMENTS, Trained, train_pairs
 from sdpo_train.work import StepWork
 
 if TYPE_CHECKING:
@@ -57,42 +58,43 @@ def train_step(work: StepWork, config: StepConfig) -> dict[str, Any]:
     Source: arXiv 2403.19270, section 3.2, with the loss of arXiv 2305.18290, eq. 7.
     """
     clock = _Clock()
-    handoff.check_key(work, "start", work.start, work.start_key)
-    handoff.check_key(work, "reference", work.reference, work.reference_key)
-    model, tokenizer = load_model(work.reference, WEIGHTS)
-    encoded = _encode(work.pairs, tokenizer, config)
-    scorer = _scorer(work, config, model, work.reference_key)
-    reference = _reference_scores(work, encoded, scorer)
-    start = None
-    if work.start_key != work.reference_key:
-        del model, scorer
-        model, tokenizer = load_model(work.start, WEIGHTS)
-        scorer = _scorer(work, config, model, work.start_key)
-        start = score_encoded(encoded, work.pairs, scorer) if config.diagnose else None
-    held_out = _held_out(work, config, tokenizer)
-    before = None if held_out is None else score_encoded(*held_out, scorer)
-    del scorer
+    with explained(work, config, "scoring"):
+        handoff.check_key(work, "start", work.start, work.start_key)
+        handoff.check_key(work, "reference", work.reference, work.reference_key)
+        model, tokenizer = load_model(work.reference, WEIGHTS)
+        encoded = _encode(work.pairs, tokenizer, config)
+        scorer = _scorer(work, config, model, work.reference_key)
+        reference = _reference_scores(work, encoded, scorer)
+        start = None
+        if work.start_key != work.reference_key:
+            del model, scorer
+            model, tokenizer = load_model(work.start, WEIGHTS)
+            scorer = _scorer(work, config, model, work.start_key)
+            start = score_encoded(encoded, work.pairs, scorer) if config.diagnose else None
+        held_out = _held_out(work, config, tokenizer)
+        before = None if held_out is None else score_encoded(*held_out, scorer)
+        del scorer
     clock.lap("reference")
     scratch = work.out.with_name(f"{work.out.name}.unfinished")
     trained = train_pairs(work, config, encoded, reference, model, tokenizer, scratch)
     clock.lap("train")
     key = model_key(trained.model)
     tables = {"metrics": trained.metrics, "reference_scores": reference}
-    if config.diagnose:
-        scorer = _scorer(work, config, trained.model, key)
-        tables["scores"] = score_encoded(encoded, work.pairs, scorer)
-        if held_out is not None and before is not None:
-            tables["held_out_scores"] = score_encoded(*held_out, scorer)
-            if work.step == 1:
-                tables["held_out_base"] = before
-        tables["metrics"] = pl.concat([tables["metrics"], _diagnosis(work, config, trained, tables, start, before)])
-    if config.kl_samples and workers.is_main():
-        divergence = measure_divergence(work, config, encoded, trained.model, tokenizer, trained.updates)
-        tables["metrics"] = pl.concat([tables["metrics"], divergence])
-    clock.lap("diagnose")
-    tables["metrics"] = pl.concat([tables["metrics"], clock.rows(work, trained.updates)])
-    if workers.is_main():
-        with explained(work, config):
+    with explained(work, config, "diagnosis"):
+        if config.diagnose:
+            scorer = _scorer(work, config, trained.model, key)
+            tables["scores"] = score_encoded(encoded, work.pairs, scorer)
+            if held_out is not None and before is not None:
+                tables["held_out_scores"] = score_encoded(*held_out, scorer)
+                if work.step == 1:
+                    tables["held_out_base"] = before
+            tables["metrics"] = pl.concat([tables["metrics"], _diagnosis(work, config, trained, tables, start, before)])
+        if config.kl_samples and workers.is_main():
+            divergence = measure_divergence(work, config, encoded, trained.model, tokenizer, trained.updates)
+            tables["metrics"] = pl.concat([tables["metrics"], divergence])
+        clock.lap("diagnose")
+        tables["metrics"] = pl.concat([tables["metrics"], clock.rows(work, trained.updates)])
+        if workers.is_main():
             write_atomically(work.out, lambda folder: _write(folder, trained, tokenizer, tables, scratch))
     workers.wait()
     handoff.check_key(work, "result", str(work.out), key)

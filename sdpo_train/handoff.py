@@ -20,31 +20,42 @@ SIDES = ("chosen", "rejected")
 
 
 def check_key(work: StepWork, role: str, model: str, declared: str) -> None:
-    """Compare the weights that lie in a folder with those that the arm declares."""
+    """Compare the weights that lie in a folder with those that the arm declares.
+
+    Raises:
+        SdpoError: they are others; the sentence says so where they are S's once more.
+    """
     found = model_key(model)
     if found != declared:
+        why = "The folder was changed after it was trained"
+        if work.base is not None and found == model_key(work.base):
+            why = "Those are S's weights: what was trained is not in them, as where adapters were not merged"
         raise SdpoError(
             f"{work.arm} step {work.step}: its {role} {model} has weights {found}, but the arm declares {declared}. "
-            "The folder was changed after it was trained; --force trains its steps again."
+            f"{why}; --force trains its steps again."
         )
 
 
 def check_same_tokens(work: StepWork, encoded: pl.DataFrame, known: pl.DataFrame) -> None:
-    """Compare the tokens that are trained on with those that were scored: their number on both sides.
+    """Compare the tokens that are trained on with those that were scored: their number in prompt and answers.
+
+    SCORES do not hold the tokens themselves: other ones of the same number are left to `check_start`.
 
     Args:
         encoded: ENCODED frame of the step's pairs.
         known: SCORES of the same pairs, in any order.
     """
-    counts = [pl.col(f"{side}_ids").list.len().cast(pl.Int64).alias(f"{side}_now") for side in SIDES]
+    parts = ("prompt", *SIDES)
+    counts = [pl.col(f"{part}_ids").list.len().cast(pl.Int64).alias(f"{part}_now") for part in parts]
     both = encoded.select("pair_id", *counts).join(known, on="pair_id")
-    other = both.filter(pl.any_horizontal(pl.col(f"{side}_now") != pl.col(f"{side}_tokens") for side in SIDES))
+    other = both.filter(pl.any_horizontal(pl.col(f"{part}_now") != pl.col(f"{part}_tokens") for part in parts))
     if other.height:
         row = other.row(0, named=True)
+        part = next(part for part in parts if row[f"{part}_now"] != row[f"{part}_tokens"])
         raise SdpoError(
             f"{other.height} pair(s) of {work.arm} step {work.step} were scored on other tokens than they would be "
-            f"trained on, e.g. {row['pair_id']!r}: {row['chosen_tokens']} chosen tokens scored, {row['chosen_now']} "
-            "now. Set train.max_length to score.max_length, and use the model that was scored."
+            f"trained on, e.g. {row['pair_id']!r}: {row[f'{part}_tokens']} {part} tokens scored, {row[f'{part}_now']} "
+            "now. Set train.max_length to score.max_length, and use the model that was scored, with its template."
         )
 
 

@@ -10,8 +10,8 @@ from sdpo_data.run import write_atomically
 log = logging.getLogger(__name__)
 
 
-def publish(model: Path, out: Path, dtype: str, repository: str | None) -> None:
-    """Write a model in another dtype, with the card that lies beside it, and upload it.
+def publish(model: Path, out: Path, dtype: str) -> None:
+    """Write a model in another dtype, with the card that lies beside it.
 
     The float32 weights that steps hand on stay where they are: in bfloat16 most small updates round
     away, which is why only what is published may lose them.
@@ -20,7 +20,6 @@ def publish(model: Path, out: Path, dtype: str, repository: str | None) -> None:
         model: folder of the last step.
         out: folder to write.
         dtype: of the weights to write.
-        repository: hub repository to create, private, and upload to; None to upload nothing.
     """
 
     def write(folder: Path) -> None:
@@ -30,10 +29,13 @@ def publish(model: Path, out: Path, dtype: str, repository: str | None) -> None:
             shutil.copy2(model / "README.md", folder / "README.md")
 
     write_atomically(out, write)
-    if repository:
-        from huggingface_hub import HfApi
 
-        hub = HfApi()
-        hub.create_repo(repository, private=True, exist_ok=True)
-        hub.upload_folder(repo_id=repository, folder_path=str(out))
-        log.info("uploaded %s to %s", out, repository)
+
+def upload(folder: Path, repository: str) -> None:
+    """Upload a published model to a hub repository, which is created, private, if there is none."""
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    hub.create_repo(repository, private=True, exist_ok=True)
+    hub.upload_folder(repo_id=repository, folder_path=str(folder))
+    log.info("uploaded %s to %s", folder, repository)

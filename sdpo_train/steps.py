@@ -55,6 +55,10 @@ class Chain:
     def steps(self) -> range:
         return range(1, len(self.config) + 1)
 
+    def unit(self, step: int) -> tuple[str, int, int]:
+        """Name a step as --unit does: arm, seed, step."""
+        return self.variant.label, self.seed, step
+
     def row(self, step: int) -> dict[str, Any] | None:
         """Give the STEPS row of a finished step."""
         path = self.folder / "steps.parquet"
@@ -134,8 +138,9 @@ def run_sdpo(
         STEPS frame of all arms and seeds asked for, finished ones included.
 
     Raises:
-        SdpoError: a step was finished with other settings; a start or reference does not have the
-            weights its arm declares; another process is at work on the same step.
+        SdpoError: a step was finished with other settings; train.trl is not for DPOConfig; a start or
+            reference does not have the weights its arm declares; another process is at work on the
+            same step.
 
     Source: arXiv 2403.19270, section 3.2: M_t = DPO(start M_{t-1}, reference M_{t-1}, D_t).
     """
@@ -158,15 +163,20 @@ def run_sdpo(
         chain(run, one, seed, partition, str(model), scores, force=force) for one in found for seed in config.seeds
     ]
     wanted = _wanted(chains, units)
+    undone = any(one.row(step) is None for one in chains for step in one.steps if one.unit(step) in wanted)
+    if config.trl and train_step is None and (undone or force):
+        from sdpo_train.trainer import check_trl_section  # before hours of training, not after
+
+        check_trl_section(config)
     for one in chains:
         for step in one.steps:
-            if (one.variant.label, one.seed, step) in wanted:
+            if one.unit(step) in wanted:
                 _run_unit(one, step, given)
         if one.row(one.steps[-1]) is not None:
             if workers.is_main() and train_step is None:
                 write_card(run, one.variant.label, one.seed)
             if config.export_dtype or config.push_to_hub:
-                _publish(one, config, alone=len(chains) == 1)
+                _publish(one, given, alone=len(chains) == 1)
     done = [pl.read_parquet(path) for one in chains if (path := one.folder / "steps.parquet").exists()]
     return check(pl.concat([STEPS.to_frame(), *(rows.select(list(STEPS)) for rows in done)]), STEPS, "steps")
 
@@ -206,7 +216,7 @@ def _held_out(run: Run, pairs: pl.DataFrame) -> tuple[pl.DataFrame | None, pl.Da
 
 
 def _wanted(chains: list[Chain], units: Sequence[str]) -> set[tuple[str, int, int]]:
-    there = {(one.variant.label, one.seed, step) for one in chains for step in one.steps}
+    there = {one.unit(step) for one in chains for step in one.steps}
     if not units:
         return there
     asked = set()
@@ -344,10 +354,11 @@ def _prune(folder: Path) -> None:
         path.unlink()
 
 
-def _publish(own: Chain, config: TrainConfig, *, alone: bool) -> None:
-    """Write, and upload where asked, the last model of a chain."""
-    from sdpo_train.publish import publish
+def _publish(own: Chain, given: Inputs, *, alone: bool) -> None:
+    """Write, and upload where asked, the last model of a chain: each once."""
+    from sdpo_train.publish import publish, upload
 
+    config = given.config
     if config.push_to_hub and not alone:
         raise SdpoError(
             f"train.push_to_hub {config.push_to_hub!r} names one repository, but several arms or seeds were trained. "
@@ -355,10 +366,15 @@ def _publish(own: Chain, config: TrainConfig, *, alone: bool) -> None:
         )
     model, key = own.model(own.steps[-1])
     unit, numbers = f"{own.name}/published", {"model": key, "export_dtype": config.export_dtype}
-    with workers.main_stage(own.run, unit, numbers) as stage:
+    with workers.main_stage(own.run, unit, numbers, force=given.force) as stage:
         if not stage.current and workers.is_main():
-            publish(Path(model), own.run.path / unit, config.export_dtype or "float32", config.push_to_hub)
+            publish(Path(model), own.run.path / unit, config.export_dtype or "float32")
             stage.outputs.append(unit)
+    if config.push_to_hub:
+        numbers |= {"repository": config.push_to_hub}
+        with workers.main_stage(own.run, f"{own.name}/uploaded", numbers, force=given.force) as stage:
+            if not stage.current and workers.is_main():
+                upload(own.run.path / unit, config.push_to_hub)
 
 
 def _dpo_step() -> TrainStep:

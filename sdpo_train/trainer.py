@@ -8,10 +8,9 @@ when whole, a schedule or moments that go on from the step before, and an orderl
 
 import contextlib
 import dataclasses
-import errno
 import logging
-import signal
-import threading
+import os
+import shutil
 import time
 import typing
 import warnings
@@ -25,7 +24,6 @@ import pydantic
 import torch
 import transformers
 from peft import LoraConfig
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from trl import DPOConfig, DPOTrainer
 from trl.trainer import dpo_trainer
@@ -36,6 +34,7 @@ from sdpo_data.tables import METRICS, SdpoError
 from sdpo_train import handoff
 from sdpo_train.checkpoints import newest, seal
 from sdpo_train.config import StepConfig, TrainConfig
+from sdpo_train.failures import Interrupted, explained, noted_signals
 from sdpo_train.forward import WholeUpdates
 from sdpo_train.work import StepWork, count_updates
 
@@ -113,14 +112,18 @@ def train_pairs(
     key = work.key(config)
     found = newest(scratch, key) if workers.is_main() else None
     found = workers.share(found)
+    events = work.out.parent / "runs" / work.out.name
+    if found is None and workers.is_main():
+        shutil.rmtree(events, ignore_errors=True)  # of updates that are made again
     watch = _Watch(work, config, key, scratch, reference)
     watch.facts = found[1] if found else {}
     bar = progress(
         f"train {work.arm} seed {work.seed} step {work.step}", count_updates(encoded.height, config), "updates"
     )
-    with bar as advance, explained(work, config), _signals() as asked:
+    with bar as advance, explained(work, config, "training", _longest(encoded)), noted_signals() as asked:
         watch.advance, watch.asked = advance, asked
-        watch.trainer = trainer = _trainer(work, config, encoded, reference, model, tokenizer, scratch, watch)
+        with _event_files(events):
+            watch.trainer = trainer = _trainer(work, config, encoded, reference, model, tokenizer, scratch, watch)
         trainer._total_train_tokens = watch.facts.get("tokens", 0)  # which TRL counts from zero after a resume
         if found:
             log.info("%s step %d goes on from %s", work.arm, work.step, found[0].name)
@@ -139,10 +142,6 @@ def train_pairs(
     handoff.check_losses(work, config, metrics.filter(pl.col("name") == "loss").sort("update")["value"], reference)
     vars(trained).pop("forward", None)  # what TRL put there
     return Trained(trained.eval(), metrics, trainer.state.global_step, watch.facts.get("start_gap"))
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal asked the training to stop, and it did, with a checkpoint written."""
 
 
 def check_trl_section(config: TrainConfig) -> None:
@@ -235,6 +234,23 @@ class PairTrainer(WholeUpdates, DPOTrainer):
 
 
 @contextlib.contextmanager
+def _event_files(folder: Path) -> Iterator[None]:
+    """Have a trainer made now write TensorBoard's files there, not among its checkpoints, which go.
+
+    transformers 5 takes the place from the environment alone; what the user says there goes first.
+    """
+    name = "TENSORBOARD_LOGGING_DIR"
+    if name in os.environ:
+        yield
+        return
+    os.environ[name] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ[name]
+
+
+@contextlib.contextmanager
 def _no_hash() -> Iterator[None]:
     """Keep TRL from hashing all weights for a cache of reference log-probabilities that is not used here."""
     hash_module = dpo_trainer.hash_module
@@ -314,14 +330,19 @@ def _trainer(
         callbacks=[watch],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    lengths = pl.col("prompt_ids").list.len() + pl.max_horizontal(pl.col("chosen_ids", "rejected_ids").list.len())
-    trainer.share_prefixes(encoded.select(lengths.max()).item(), config.token_budget)
+    trainer.share_prefixes(_longest(encoded), config.token_budget)
     trainer.check_start = watch.saw
     return trainer
 
 
+def _longest(encoded: pl.DataFrame) -> int:
+    """Tokens of the longest prompt + answer."""
+    answers = pl.max_horizontal(pl.col("chosen_ids", "rejected_ids").list.len())
+    return encoded.select((pl.col("prompt_ids").list.len() + answers).max()).item()
+
+
 def _arguments(config: StepConfig, scratch: Path, seed: int) -> DPOConfig:
-    given: dict[str, Any] = {"report_to": "none"} | config.trl
+    given: dict[str, Any] = {"report_to": "none", "disable_tqdm": True} | config.trl
     return DPOConfig(
         output_dir=str(scratch),
         beta=config.beta,
@@ -342,7 +363,6 @@ def _arguments(config: StepConfig, scratch: Path, seed: int) -> DPOConfig:
         logging_steps=1,
         logging_nan_inf_filter=False,  # else a NaN loss is logged as the last good one
         save_strategy="no",  # _Watch says when
-        disable_tqdm=True,
         **given,
     )
 
@@ -356,52 +376,3 @@ def _metrics(work: StepWork, history: list[dict[str, float]]) -> pl.DataFrame:
         if name not in ("step", "epoch")
     ]
     return pl.DataFrame(rows, METRICS, orient="row")
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM (a cluster's) instead of dying of them; a second SIGINT ends at once."""
-    asked: list[int] = []
-
-    def note(number: int, _frame: Any) -> None:
-        if number in asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-        log.warning("stopping after this update, with a checkpoint; once more Ctrl-C stops at once")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield asked
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def explained(work: StepWork, config: StepConfig) -> Iterator[None]:
-    """Turn what the user can mend, memory and disk, into a sentence; the last checkpoint stands."""
-    try:
-        yield
-    except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
-        text = str(error).lower()
-        full = (
-            "no space left" in text
-            or "file too large" in text
-            or getattr(error, "errno", None) == errno.ENOSPC
-            or "quota" in text
-        )
-        if full or "pytorchstreamwriter" in text or "enforce fail at inline_container" in text:
-            raise SdpoError(
-                f"{work.arm} step {work.step}: the disk is full ({work.out.parent}). Free some space, or set "
-                "train.keep to last or train.checkpoint_minutes higher; what was saved before is kept."
-            ) from error
-        if isinstance(error, MemoryError) or "memory" in text:
-            raise SdpoError(
-                f"{work.arm} step {work.step}: memory ran out in training. Set train.token_budget to "
-                f"{(config.token_budget or 512) // 2}, train.gradient_checkpointing to true, train.lora_rank to 16, or "
-                f"train.max_length below {config.max_length} (and score.max_length with it); what was saved is kept."
-            ) from error
-        raise

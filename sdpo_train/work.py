@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from sdpo_train.config import NOT_NUMBERS, StepConfig
+from sdpo_train.config import NOT_NUMBERS, NOT_NUMBERS_OF_TRL, StepConfig
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ TrainStep = Callable[[StepWork, StepConfig], dict[str, Any]]
 
 def recipe(config: StepConfig) -> dict[str, Any]:
     """Give the settings that change the numbers of one step."""
-    return config.model_dump(exclude=NOT_NUMBERS)
+    trl = {name: value for name, value in config.trl.items() if name not in NOT_NUMBERS_OF_TRL}
+    return config.model_dump(exclude=NOT_NUMBERS) | {"trl": trl}
 
 
 def count_updates(pairs: int, config: StepConfig) -> int:

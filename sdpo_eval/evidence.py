@@ -68,6 +68,12 @@ class Evidence:
     runs: tuple[str, ...] = ()
     """Names of the runs that this was merged of, see versus.py."""
 
+    def recipe(self, arm: str, seed: int, step: int) -> dict[str, Any]:
+        """Give the settings and the weights' keys that a step was trained by, from the lineage; empty if unknown."""
+        run, _, name = arm.rpartition(": ")
+        unit = f"{f'{run}: ' if run else ''}arms/{name}/seed_{seed}/step_{step}"
+        return self.lineage.get(unit, {}).get("recipe", {})
+
     @cached_property
     def answers(self) -> pl.DataFrame:
         """All that models are compared by: answers under the protocols of the results shown, and held-out pairs."""

@@ -27,6 +27,7 @@ from sdpo_data.tables import (
 )
 from sdpo_eval.h4 import TASKS, summarise_items
 from sdpo_eval.margins import HELD_OUT_SCORES
+from sdpo_train.diagnostics import diagnose_step, kl_estimate
 
 WORDS = [
     "the",
@@ -118,7 +119,10 @@ def make_partition(scores: pl.DataFrame) -> pl.DataFrame:
 
 
 def make_arm(draw: random.Random, path: Path, arm: str, scores: pl.DataFrame, partition: pl.DataFrame) -> None:
-    """Write one arm: each step from and towards the one before, its loss falling from log 2."""
+    """Write one arm: each step from and towards the one before, its loss falling from log 2.
+
+    What a step says of its pairs is measured by the very functions that training calls, so it has their names.
+    """
     folder, rows, start = path / f"arms/{arm}/seed_0", [], KEYS["base", 0]
     for step in sorted(partition["step"].unique()):
         ids = partition.filter(step=step).select("pair_id")
@@ -126,17 +130,33 @@ def make_arm(draw: random.Random, path: Path, arm: str, scores: pl.DataFrame, pa
         reference = ids.join(scores, on="pair_id").with_columns(model_key=pl.lit(start), chosen_logp=lifted)
         moves = [0.3 * (1 - math.exp(-update / 4)) / step + update * draw.gauss(0, 0.003) for update in range(8)]
         values = {"loss": [math.log(2) - move for move in moves], "rewards/margins": [2 * move for move in moves]}
-        values |= {"margin_ref_before": [-9.0 + step], "margin_ref_after": [-3.0 + step], "drift/spearman_rho": [0.9]}
-        values |= {"margin_ref_after/stderr": [1.5]}
-        values |= {
-            "forgetting/part_1/margin_change": [0.25 * step],
-            "weight/0.4-0.5": [0.6 - step / 100],
-            "weight/0.5-0.6": [0.4 + step / 100],
-        }
+        values |= {"rewards/accuracies": [0.0, 0.5, *[0.75] * 6], "rewards/chosen": [-move for move in moves]}
+        values |= {"rewards/rejected": [-3 * move for move in moves], "grad_norm": [2.5 - move for move in moves]}
+        values |= {"learning_rate": [5e-7] * 8, "logps/chosen": [-60.0] * 8, "logps/rejected": [-50.0] * 8}
+        values |= {"num_tokens": [2400.0 * (1 + update) for update in range(8)], "mean_token_accuracy": [0.6] * 8}
         metrics = [(arm, 0, step, 1 + i, name, value) for name, row in values.items() for i, value in enumerate(row)]
-        write(folder / f"step_{step}/reference_scores.parquet", reference, SCORES)
-        write(folder / f"step_{step}/metrics.parquet", pl.DataFrame(metrics, METRICS, orient="row"), METRICS)
         key, margin = KEYS[arm, step], (reference["chosen_logp"] - reference["rejected_logp"]).mean()
+        moved = pl.col("rejected_logp") - 2.0 - 2.0 * (pl.col("chosen_tokens") % 7)  # margins rise by 1.5 to 13.5 nats
+        after = reference.with_columns(
+            model_key=pl.lit(key), chosen_logp=pl.col("chosen_logp") - 0.5, rejected_logp=moved
+        )
+        base = ids.join(scores, on="pair_id")
+        held_out = reference.head(12), after.head(12)
+        earlier = {1: held_out} if step > 1 else None
+        told = diagnose_step(
+            arm, 0, step, 8, beta=0.1, base=base, before=reference, after=after, held_out=held_out, earlier=earlier
+        )
+        kl = [
+            (arm, 0, step, 8, f"kl_{of}/{what}", value)  # as divergence.py writes them
+            for of, far in (("ref", 0.5), ("base", 0.5 * step))
+            for what, value in kl_estimate([-60.0 + far, -50.0 + 2 * far], [-60.0, -50.0]).items()
+        ]
+        seconds = {"reference": 30.0 * (step - 1), "train": 220.0 - 30.0 * step, "diagnose": 24.5}
+        kl += [(arm, 0, step, 8, f"cost/{name}_seconds", value) for name, value in seconds.items()]
+        kl += [(arm, 0, step, 8, "cost/peak_memory_mib", 2525.0)]
+        rows_of = pl.concat([told, pl.DataFrame(metrics + kl, METRICS, orient="row")])
+        write(folder / f"step_{step}/reference_scores.parquet", reference, SCORES)
+        write(folder / f"step_{step}/metrics.parquet", rows_of, METRICS)
         losses = values["loss"][0], values["loss"][-1]
         cost = reference.height, 300 * reference.height, 8, 214.5
         rows.append((arm, 0, step, start, start, key, f"{folder}/step_{step}", *cost, *losses, 2.1e-5, margin, None))

@@ -7,6 +7,7 @@ import polars as pl
 
 from sdpo_data.tables import UNIT
 from sdpo_eval import plots_chain
+from sdpo_eval.arms import find_place
 from sdpo_eval.blocks import Block, Drawing, Estimate, Heading, Prose, Table, write_number
 from sdpo_eval.detail import tell_forgetting, tell_held_out
 from sdpo_eval.evidence import Evidence, last_metrics, measure_drift, measure_references
@@ -173,26 +174,6 @@ def _hand_off(evidence: Evidence, chain: pl.DataFrame) -> tuple[str, bool]:
         )
     told = f"each step started from {starts} and was held to {references}"
     return f"{told}: after the first one they differ, so a step need not start at a zero margin", True
-
-
-def find_place(chain: pl.DataFrame, key: str) -> str | None:
-    """Say in words where the weights come from that the steps after the first start from, or are held to.
-
-    Args:
-        chain: STEPS of one arm and seed, by step.
-        key: start_key or reference_key.
-
-    Returns:
-        "the step before" or "S"; "S" too of a single step; None where it is neither, or not the same in all.
-    """
-    written = dict(chain.select("step", "model_key").rows())
-    first, *later = chain.select("step", key, base="start_key").rows()
-    if not later:
-        return "S" if first[1] == first[2] else None
-    for place, known in (("the step before", lambda step: written.get(step - 1)), ("S", lambda _: first[2])):
-        if first[1] == first[2] and all(found == known(step) for step, found, _ in later):
-            return place
-    return None
 
 
 def _weights(steps: pl.DataFrame, row: dict[str, Any], key: str) -> str:

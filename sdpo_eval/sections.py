@@ -8,11 +8,11 @@ from typing import Any
 import polars as pl
 
 from sdpo_data.tables import UNIT
-from sdpo_eval import plots
+from sdpo_eval import plots_pairs
 from sdpo_eval.blocks import Block, Drawing, Estimate, Heading, Listing, Prose, Section, Table
 from sdpo_eval.chain import tell_chain
 from sdpo_eval.contrasts import TITLES
-from sdpo_eval.detail import tell_changes
+from sdpo_eval.detail import tell_arms, tell_changes, tell_factorial
 from sdpo_eval.evidence import Evidence, comparable_results, last_metrics
 from sdpo_eval.hardness import tell_difficulty
 from sdpo_eval.verdict import name_command, score_rows, tell_h4, tell_verdict
@@ -24,7 +24,7 @@ def write_sections(evidence: Evidence) -> list[Section]:
     return _written(
         [
             ("verdict", "Verdict", (tell_verdict,)),
-            ("h4", "H4 by step and arm", (tell_h4, tell_changes)),
+            ("h4", "H4 by step and arm", (tell_arms, tell_h4, tell_factorial, tell_changes)),
             ("difficulty", "Difficulty: what is easy here, and what is hard", (tell_difficulty,)),
             ("chain", "The chain, step by step", (tell_chain,)),
             ("data", "The data: sources, drops, contamination", (_data,)),
@@ -41,7 +41,7 @@ def compare_sections(runs: Sequence[Evidence]) -> list[Section]:
     shared = _written(
         [
             ("verdict", "Verdict", (tell_verdict,)),
-            ("h4", "H4 by run, step and arm", (tell_h4, tell_changes)),
+            ("h4", "H4 by run, step and arm", (tell_arms, tell_h4, tell_changes)),
             ("differences", "What tells the runs apart", (lambda _: tell_differences(runs),)),
             ("chain", "The chains, step by step", (tell_chain,)),
             ("cost", "What they cost", (_cost,)),
@@ -106,7 +106,7 @@ def _findings(evidence: Evidence) -> Iterator[Block]:
     found = asked.filter(pl.col("severity") != "fine")
     fine = ", ".join(asked.filter(severity="fine")["check"])
     if found.height:
-        yield Drawing("findings", lambda: plots.plot_findings(found))
+        yield Drawing("findings", lambda: plots_pairs.plot_findings(found))
         rows = [row | {"share": f"{100 * row['share']:.1f}"} for row in found.drop("pair_id").iter_rows(named=True)]
         yield Table("findings", "What pairs have, and what to do", rows, {"share": "%"}, folded=len(rows) > 6)
     yield Prose(f"Asked and not found: {fine or 'nothing'}.")

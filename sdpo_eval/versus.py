@@ -55,6 +55,7 @@ def merge_evidence(runs: Sequence[Evidence]) -> Evidence:
         metrics=together("metrics"),
         items=together("items"),
         references=together("references") if same_base else first.references.clear(),
+        orders=first.orders.clear(),  # each is made from its own run's partition
         scores=scores if same_base else scores.clear(),
         held_out_scores=together("held_out_scores") if same_pairs else first.held_out_scores.clear(),
         held_out=first.held_out if same_pairs else first.held_out.clear(),

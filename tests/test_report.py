@@ -223,6 +223,29 @@ def test_the_hand_off_is_judged_by_the_weights_and_by_what_the_arm_declares(own_
     assert (off[2] is None) == (len(changed) == 1)  # only what starts from its reference starts at log 2
 
 
+def test_the_arms_are_told_by_what_they_did(tmp_path):
+    run = make_run(tmp_path / "run", core=True)
+    lineage = json.loads((run / "lineage.json").read_text())
+    lineage["arms/dpo/seed_0/step_1"]["recipe"] |= {"beta": 0.05}
+    (run / "lineage.json").write_text(json.dumps(lineage))
+    report = Report(run)
+    arms = {row["arm"]: row for row in json.loads(report.json())["tables"]["h4"]["arms"]["rows"]}
+    assert list(arms) == ["sdpo", "dpo", "random", "random_fixed", "sdpo_fixed"]
+    assert [arms["sdpo_fixed"][name] for name in ("order", "starts_from", "held_to")] == [
+        "the parts, easiest first", "the step before", "S",
+    ]  # fmt: skip
+    assert arms["sdpo_fixed"]["differs_from_sdpo_in"] == "held to"
+    assert arms["random_fixed"]["differs_from_sdpo_in"] == "order, held to"
+    assert arms["dpo"]["differs_from_sdpo_in"] == "order, starts from, held to, steps, updates, beta"
+    assert (arms["sdpo"]["beta"], arms["dpo"]["beta"]) == ("0.1", "0.05")
+    assert "learning_rate" not in arms["dpo"]  # which no arm has of its own
+    assert (arms["dpo"]["pairs"], arms["dpo"]["tokens"], arms["dpo"]["updates"]) == (160, 48_000, 8)
+    assert any(text.startswith("The arms are not equal in updates (8 to 16)") for text in report.warnings)
+    assert report.table("factorial")["effect_of"].to_list() == ["order", "reference", "interaction"]
+    assert 'id="figure-factorial"' in report.html()
+    assert "The core factorial, points of H4: order (easy to hard − random)" in said(run)
+
+
 def test_log_2_is_drawn_and_told_of_the_sigmoid_loss_alone(own_run):
     assert "log 2 = 0.6931" in Report(own_run).html()
     lineage = json.loads((own_run / "lineage.json").read_text())

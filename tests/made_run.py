@@ -183,7 +183,10 @@ def make_arm(
         write(folder / f"step_{step}/reference_scores.parquet", reference, SCORES)
         write(folder / f"step_{step}/metrics.parquet", rows_of, METRICS)
         losses = values["loss"][0], values["loss"][-1]
-        cost = reference.height, 300 * reference.height, 8, 214.5
+        tokens = int(
+            reference.select(pl.sum_horizontal("prompt_tokens", "chosen_tokens", "rejected_tokens").sum()).item()
+        )
+        cost = reference.height, tokens, 8, 214.5
         rows.append((arm, 0, step, start, towards, key, f"{folder}/step_{step}", *cost, *losses, 2.1e-5, margin, None))
         start = key
     write(folder / "steps.parquet", pl.DataFrame(rows, STEPS, orient="row"), STEPS)

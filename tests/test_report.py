@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 
 import sdpo_eval
 from sdpo_data.run import Run
-from sdpo_data.tables import ITEMS, METRICS, PAIRS, RESULTS, SCORES, STEPS, SdpoError
+from sdpo_data.tables import DOCUMENTS, ITEMS, METRICS, PAIRS, RESULTS, SCORES, STEPS, SdpoError
 from sdpo_eval.blocks import Estimate, write_number
 from sdpo_eval.chain import CURVES, FAMILIES, LOGGED
 from sdpo_eval.changes import find_changes
@@ -239,7 +239,8 @@ def test_the_arms_are_told_by_what_they_did(tmp_path):
     assert arms["dpo"]["differs_from_sdpo_in"] == "order, starts from, held to, steps, updates, beta"
     assert (arms["sdpo"]["beta"], arms["dpo"]["beta"]) == ("0.1", "0.05")
     assert "learning_rate" not in arms["dpo"]  # which no arm has of its own
-    assert (arms["dpo"]["pairs"], arms["dpo"]["tokens"], arms["dpo"]["updates"]) == (160, 48_000, 8)
+    tokens = pl.read_parquet(run / "arms/dpo/seed_0/steps.parquet")["tokens"][0]
+    assert (arms["dpo"]["pairs"], arms["dpo"]["tokens"], arms["dpo"]["updates"]) == (160, tokens, 8)
     assert any(text.startswith("The arms are not equal in updates (8 to 16)") for text in report.warnings)
     assert report.table("factorial")["effect_of"].to_list() == ["order", "reference", "interaction"]
     assert 'id="figure-factorial"' in report.html()
@@ -293,6 +294,53 @@ def test_what_a_pass_costs_by_hand(scores):
     both = scores.with_columns(prompt_id=pl.when(pl.col("pair_id") == "a").then(pl.lit("q2")).otherwise("prompt_id"))
     rows = next(_floor(both)).rows
     assert [(row["tokens"], str(row["times_the_floor"])) for row in rows] == [(130, "1.67"), (85, "1.09"), (78, "1.00")]
+
+
+def test_the_time_of_scoring_and_of_updates_is_set_against_the_floor(own_run, scores):
+    # 85 tokens a pass, 78 with a and b asking the same: see above. Scored in 2 s: 42.5 and 39 a second. Trained on for
+    # two epochs, 170 tokens of at least 156, in 5 s: 34 and 31.2 a second.
+    both = scores.with_columns(prompt_id=pl.when(pl.col("pair_id") == "a").then(pl.lit("q2")).otherwise("prompt_id"))
+    write(own_run / "scores.parquet", both, SCORES)
+    write(own_run / "arms/dpo/seed_0/step_1/reference_scores.parquet", both, SCORES)
+    steps = pl.read_parquet(own_run / "arms/dpo/seed_0/steps.parquet")
+    write(own_run / "arms/dpo/seed_0/steps.parquet", steps.with_columns(tokens=pl.lit(170, pl.Int64)), STEPS)
+    logged = pl.read_parquet(own_run / "arms/dpo/seed_0/step_1/metrics.parquet")
+    took = pl.when(pl.col("name") == "cost/train_seconds").then(5.0).otherwise("value")
+    write(own_run / "arms/dpo/seed_0/step_1/metrics.parquet", logged.with_columns(value=took), METRICS)
+    lineage = json.loads((own_run / "lineage.json").read_text())
+    lineage["scores"]["seconds"] = 2.0
+    (own_run / "lineage.json").write_text(json.dumps(lineage))
+    cost = json.loads(Report(own_run).json())["tables"]["cost"]
+    rows = {row["what"]: row for row in cost["speed"]["rows"]}
+    told = ("pairs", "seconds", "tokens", "tokens_per_second", "floor_tokens", "floor_tokens_per_second")
+    assert [rows["scoring all pairs"][name] for name in told] == [5, 2.0, 85, 42, 78, 39]
+    assert [rows["updates of dpo/0/1"][name] for name in told] == [5, 5.0, 170, 34, 156, 31]
+    assert rows["updates of dpo/0/1"]["times_the_floor"]["value"] == pytest.approx(85 / 78)
+    phases = {(row["arm"], row["step"]): row for row in cost["phases"]["rows"]}
+    assert phases["sdpo", 2] == {"arm": "sdpo", "seed": 0, "step": 2, "reference": 30, "train": 160, "diagnose": 24} | {
+        "peak_memory": 2525
+    }
+
+
+def test_what_limits_the_data_and_what_is_not_pinned_is_said_loudly(own_run):
+    lineage = json.loads((own_run / "lineage.json").read_text())
+    limits = {"caps": {"piqa": 1200, "alpaca-eval": 30}, "weights": {"piqa": 3.0, "alpaca-eval": 1.0}}
+    lineage["pairs"]["recipe"] = {"limit": None, "source": ["org/pairs:train", "embedded:piqa"]} | limits
+    (own_run / "lineage.json").write_text(json.dumps(lineage))
+    (own_run / "config.yaml").write_text("model: org/model\nscore:\n  against: other/strong\n")
+    loud = Report(own_run).warnings
+    assert "Limited data: at most 1,200 of piqa, 30 of alpaca-eval were taken (pairs.caps)." in loud
+    assert any(text.endswith("(pairs.weights): piqa 3, alpaca-eval 1.") for text in loud)
+    unpinned = [text.split()[1] for text in loud if text.startswith("Unpinned: ")]
+    assert unpinned == ["org/model", "other/strong", "org/pairs:train"]
+
+
+def test_a_report_is_out_of_date_when_the_questions_change(own_run):
+    write(own_run / "questions/mmlu.parquet", pl.read_parquet(own_run / "documents.parquet"), DOCUMENTS)
+    Report(own_run).save()
+    assert is_current(Run(own_run))
+    write(own_run / "questions/mmlu.parquet", pl.read_parquet(own_run / "documents.parquet").head(3), DOCUMENTS)
+    assert not is_current(Run(own_run))
 
 
 def test_what_training_logged_is_told_with_its_standard_error(run):
@@ -412,10 +460,24 @@ def test_two_runs_make_one_report_that_sets_the_first_against_the_second(own_run
     assert told["tables"]["differences"]["settings"]["rows"] == [
         {"setting": "partition.parts", "run": "2", "other": "3"}
     ]
+    data = told["tables"]["data"]
+    assert data["dropped_1"]["rows"] == data["dropped_2"]["rows"]
+    assert {"sources_1", "sources_2", "contamination_2"} <= set(data)
+    assert {"difficulty_1", "difficulty_2", "parts_judged_1", "parts_judged_2"} <= set(told["tables"]["difficulty"])
+    ids = re.findall(r' id="([^"]+)"', report.html())
+    assert {"figure-difficulties_1", "figure-difficulties_2", "table-made_with_2"} <= set(ids)
+    assert len(ids) == len(set(ids))
     assert report.save() == own_run / "comparison.html"
     assert is_current(Run(own_run), Run(other))
     pl.read_parquet(other / "results.parquet").head(3).write_parquet(other / "results.parquet")
     assert not is_current(Run(own_run), Run(other))
+
+
+def test_data_that_two_runs_share_is_told_once(own_run, tmp_path):
+    other = shutil.copytree(own_run, tmp_path / "other")
+    report = Report(own_run, other)
+    assert "The same pairs, parts and scores as run." in report.markdown()
+    assert "difficulty_2" not in json.loads(report.json())["tables"]["difficulty"]
 
 
 # --- what is not there ----------------------------------------------------------------------

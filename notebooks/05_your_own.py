@@ -25,7 +25,7 @@ import sdpo_data as data
 import sdpo_eval as evals
 import sdpo_train as train
 from sdpo_data.assets import model_folder
-from sdpo_eval.plots import plot_findings
+from sdpo_eval.plots_pairs import plot_findings
 
 Path("runs").mkdir(exist_ok=True)
 

@@ -7,6 +7,7 @@ import polars as pl
 
 from sdpo_data.tables import UNIT
 from sdpo_eval import plots_chain
+from sdpo_eval.arms import find_place
 from sdpo_eval.blocks import Block, Drawing, Estimate, Heading, Prose, Table, write_number
 from sdpo_eval.detail import tell_forgetting, tell_held_out
 from sdpo_eval.evidence import Evidence, last_metrics, measure_drift, measure_references
@@ -15,12 +16,32 @@ from sdpo_eval.plots_chain import LOG_2
 from sdpo_eval.published import GAMMA_REF
 from sdpo_eval.verdict import name_command
 
-MEASURES = {
-    "margin_base": "nats", "margin_ref_before": "nats", "margin_ref_after": "nats", "reward_accuracy_base": "share",
-    "reward_accuracy_before": "share", "reward_accuracy_after": "share", "displacement/chosen": "nats",
-    "displacement/rejected": "nats", "displacement/chosen_fell": "share", "kl/base": "nats", "kl/ref": "nats",
+LOGGED = {
+    "diagnostics": (
+        "Each step's pairs under the base model, the step's reference, and the model it gave",
+        {"margin_base": "nats", "margin_ref_before": "nats", "margin_ref_after": "nats", "margin_change": "nats",
+         "reward_accuracy_base": "share", "reward_accuracy_before": "share", "reward_accuracy_after": "share"},
+    ),
+    "rewards": (
+        "What training did to both answers of each step's pairs: TRL's rewards at the end, and log-probabilities",
+        {"step_rewards/chosen": "beta × nats", "step_rewards/rejected": "beta × nats",
+         "step_rewards/margins": "beta × nats", "step_rewards/accuracies": "share", "displacement/chosen": "nats",
+         "displacement/rejected": "nats", "displacement/chosen_fell": "share"},
+    ),
+    "divergence": (
+        "How far each step's model went from its reference and from the base model",
+        {"kl_ref/k1": "nats", "kl_ref/k3": "nats", "kl_base/k1": "nats", "kl_base/k3": "nats",
+         "log_ratio_ref/chosen": "nats per token", "log_ratio_ref/rejected": "nats per token",
+         "log_ratio_base/chosen": "nats per token", "log_ratio_base/rejected": "nats per token"},
+    ),
 }  # fmt: skip
-"""METRICS that a step logs of all its pairs, and their units."""
+"""Table -> its title, and the METRICS in it with their units: what a step logs once, of all its pairs."""
+CURVES = {
+    "loss": "loss", "grad_norm": "gradient_norms", "rewards/margins": "reward_margins",
+    "rewards/accuracies": "reward_accuracies",
+}  # fmt: skip
+"""METRICS that are logged at every update, and the figure that draws each."""
+ALARM = "alarm/contaminated_reference"
 FAMILIES = {
     "drift": "How difficulty moved", "flipped": "Pairs whose margin changed sign", "held_out": "Held-out pairs",
     "forgetting": "Held-out pairs of earlier parts",
@@ -33,6 +54,7 @@ def tell_chain(evidence: Evidence) -> Iterator[Block]:
     if evidence.steps.is_empty():
         yield name_command(evidence, "No step has been trained yet", "sdpo_train")
     else:
+        yield from _alarms(evidence)
         yield from _training(evidence)
         yield from _references(evidence)
         yield from _drift(evidence)
@@ -46,20 +68,65 @@ def tell_chain(evidence: Evidence) -> Iterator[Block]:
         yield from forgotten
 
 
+def _alarms(evidence: Evidence) -> Iterator[Block]:
+    """Say loudly of which steps training found that their reference looks trained on the pairs it is to judge."""
+    found = evidence.metrics.filter(name=ALARM).sort(UNIT)
+    judged = measure_references(evidence).filter(reference="own reference")
+    for (arm, step), own in found.group_by("arm", "step", maintain_order=True):
+        means = judged.filter(pl.col("seed").is_in(own["seed"].to_list()), arm=arm, step=step)["mean"].to_list()
+        likes = f", whose chosen answers it prefers by {write_number(sum(means) / len(means))} nats" if means else ""
+        yield Prose(
+            f"Contaminated reference? The reference of {arm} step {step} ({_seeds(own)}) looks as if it had been "
+            f"trained on the step's pairs or on their like{likes}: training raised this alarm before the step. Such a "
+            "reference sets a margin that no policy can learn beyond, so the step has little to teach. Look whether "
+            "these pairs, or copies of them, were in an earlier step or in what the base model was tuned on; if they "
+            "were, take them out or take another reference. Strong training on pairs of the same kind looks the same: "
+            "it is a reason to look, no proof.",
+            loud=True,
+        )
+
+
 def _training(evidence: Evidence) -> Iterator[Block]:
-    steps, metrics = evidence.steps, evidence.metrics
-    for _, chain in steps.group_by("arm", "seed", maintain_order=True):
-        yield Prose(_hand_off(chain))
-    if "loss" in metrics["name"]:
-        yield Drawing("loss", lambda: plots_chain.plot_loss(metrics))
-    if "rewards/margins" in metrics["name"]:
-        yield Drawing("reward_margins", lambda: plots_chain.plot_reward_margins(metrics))
-    sigmoid = (evidence.settings.get("train") or {}).get("loss", ["sigmoid"]) == ["sigmoid"]
+    steps, metrics, sigmoid = evidence.steps, evidence.metrics, _is_sigmoid(evidence)
+    told: dict[tuple[str, str, bool], list[pl.DataFrame]] = {}
+    for (arm,), own in steps.group_by("arm", maintain_order=True):
+        for _, chain in own.group_by("seed", maintain_order=True):
+            told.setdefault((str(arm), *_hand_off(evidence, chain)), []).append(chain)
+    for (arm, text, holds), chains in told.items():
+        own = pl.concat(chains)
+        gap: Any = own["max_start_gap"].max()
+        checked = (
+            ""
+            if gap is None
+            else f". Before the first updates, answers checked differed from their reference by {write_number(gap)} "
+            "nats of log-probability at most"
+        )
+        yield Prose(f"{arm}, {_seeds(own)}: {text}{checked}.", loud=not holds)
+    draw = {
+        "loss": lambda: plots_chain.plot_loss(metrics, sigmoid=sigmoid),
+        "grad_norm": lambda: plots_chain.plot_gradient_norms(metrics),
+        "rewards/margins": lambda: plots_chain.plot_reward_margins(metrics),
+        "rewards/accuracies": lambda: plots_chain.plot_reward_accuracies(metrics),
+    }
+    for name, figure in CURVES.items():
+        if name in metrics["name"]:
+            yield Drawing(figure, draw[name])
+    if "rewards/accuracies" in metrics["name"]:
+        yield Prose(
+            "A step that starts from its own reference starts with every reward margin at 0 and, under the sigmoid "
+            "loss, at log 2. rewards/accuracies counts margins strictly above 0, so its first value is anything from "
+            "0 to about 0.5 by rounding alone, and no sign of a wrong reference; the loss and the gap in "
+            "log-probabilities are the proof of the hand-off."
+        )
     rows = [
         {name: row[name] for name in UNIT}
         | {"starts_from": _weights(steps, row, "start_key"), "held_to": _weights(steps, row, "reference_key")}
         | {name: row[name] for name in ("max_start_gap", "first_loss")}
-        | ({"off_log_2": row["first_loss"] - LOG_2} if sigmoid else {})
+        | (
+            {"off_log_2": row["first_loss"] - LOG_2 if row["start_key"] == row["reference_key"] else None}
+            if sigmoid
+            else {}
+        )
         | {"last_loss": row["last_loss"]}
         for row in steps.iter_rows(named=True)
     ]
@@ -67,24 +134,46 @@ def _training(evidence: Evidence) -> Iterator[Block]:
     yield Table("hand_off", "The hand-off from step to step; weights by place and hash", rows, units)
 
 
-def _hand_off(chain: pl.DataFrame) -> str:
-    """Say of one arm and seed whether its chain of weights is unbroken, going by their hashes."""
-    rows, written = list(chain.iter_rows(named=True)), dict(chain.select("step", "model_key").rows())
-    own = all(row["start_key"] == row["reference_key"] for row in rows)
-    linked = own and all(row["start_key"] == written.get(row["step"] - 1) for row in rows[1:])
-    if not linked:
-        text = "not a chain in which each step starts from, and is held to, the step before; see the table"
-    elif rows[1:]:
-        text = "each step started from, and was held to, the very weights that the step before wrote"
-    else:
-        text = f"one step, started from and held to {_weights(chain, rows[0], 'start_key')}"
-    gaps = [row["max_start_gap"] for row in rows if row["max_start_gap"] is not None]
-    if gaps:
-        text += (
-            f". Before the first updates, answers checked differed from their reference by {write_number(max(gaps))} "
+def _is_sigmoid(evidence: Evidence) -> bool:
+    """Whether every step was trained with the sigmoid loss alone, by its lineage, else by the settings."""
+    recipes = [evidence.recipe(*unit) for unit in evidence.steps.select(UNIT).rows()]
+    losses = [recipe["loss"] for recipe in recipes if "loss" in recipe]
+    losses = losses or [(evidence.settings.get("train") or {}).get("loss", ["sigmoid"])]
+    return all(loss == ["sigmoid"] for loss in losses)
+
+
+def _seeds(rows: pl.DataFrame) -> str:
+    seeds = rows["seed"].unique().sort().to_list()
+    return f"seed{'s' if seeds[1:] else ''} {', '.join(map(str, seeds))}"
+
+
+def _hand_off(evidence: Evidence, chain: pl.DataFrame) -> tuple[str, bool]:
+    """Say of one arm and seed where its steps start and what they are held to, by the weights' hashes.
+
+    An arm may start each step from S, or hold it to S. What it declares stands in the lineage, as the keys that
+    the step's start and reference must have.
+
+    Returns:
+        A sentence without its end; whether start and reference of every step are what they must be.
+    """
+    rows = list(chain.iter_rows(named=True))
+    for row in rows:
+        declared = evidence.recipe(row["arm"], row["seed"], row["step"])
+        for role, key in (("start", "start_key"), ("reference", "reference_key")):
+            if declared.get(role, row[key]) != row[key]:
+                return f"the {role} of step {row['step']} does not have the weights that its arm declares", False
+    if not rows[1:] and rows[0]["start_key"] == rows[0]["reference_key"]:
+        return f"one step, started from and held to {_weights(chain, rows[0], 'start_key')}", True
+    starts, references = (find_place(chain, key) for key in ("start_key", "reference_key"))
+    if (starts, references) == ("the step before", "the step before"):
+        return "each step started from, and was held to, the very weights that the step before wrote", True
+    if starts is None or references is None:
+        return (
+            "not a chain: a step starts from, or is held to, weights that its chain did not write; see the table",
+            False,
         )
-        text += "nats of log-probability at most"
-    return f"{rows[0]['arm']}, seed {rows[0]['seed']}: {text}."
+    told = f"each step started from {starts} and was held to {references}"
+    return f"{told}: after the first one they differ, so a step need not start at a zero margin", True
 
 
 def _weights(steps: pl.DataFrame, row: dict[str, Any], key: str) -> str:
@@ -118,32 +207,53 @@ def _drift(evidence: Evidence) -> Iterator[Block]:
     """Show what moved underneath: difficulty under each reference, and whatever diagnostics the steps logged."""
     moved, logged = measure_drift(evidence), last_metrics(evidence.metrics)
     weights = logged.filter(pl.col("name").str.starts_with("weight/"))
-    known = logged.filter(pl.col("name").is_in(list(MEASURES)))
-    families = logged.filter(pl.col("name").str.extract(r"^(\w+)/").is_in(list(FAMILIES)))
-    if not (moved.height or weights.height or known.height or families.height):
+    told = [*_logged_tables(evidence, logged), *_logged_families(logged)]
+    if not (moved.height or weights.height or told):
         return
     yield Heading("What moved underneath")
     if moved.height:
         title = "Each step's pairs under its own reference, against the base model: order (Spearman) and turned margins"
         yield Table("drift", title, moved.to_dicts())
-    if known.height:
-        order = [name for name in MEASURES if name in known["name"]]
-        cells = {tuple(row[:4]): _logged(*row[4:]) for row in known.rows()}
-        units = known.select(UNIT).unique(maintain_order=True).rows()
-        rows = [
-            dict(zip(UNIT, unit, strict=True)) | {name: cells.get((*unit, name)) for name in order} for unit in units
-        ]
-        yield Table(
-            "diagnostics", "Each step's pairs before and after training on them ± standard error", rows, MEASURES
-        )
     if weights.height:
         shares = weights.with_columns(
             weight=pl.col("name").str.strip_prefix("weight/"),
             share=100 * pl.col("value") / pl.col("value").sum().over(UNIT),
         )
         yield Drawing("weights", lambda: plots_chain.plot_weights(shares.drop("name", "value", "stderr")))
+    yield from told
+
+
+def _logged_tables(evidence: Evidence, logged: pl.DataFrame) -> Iterator[Block]:
+    """Lay out what the steps logged once each, a row per step: standard errors cluster pairs by prompt."""
+    pairs = {row[:3]: row[3] for row in evidence.steps.select(*UNIT, "pairs").rows()}
+    samples = {
+        (*row[:3], str(row[3]).removesuffix("/samples")): int(row[4])
+        for row in logged.filter(pl.col("name").str.ends_with("/samples")).rows()
+    }
+    for table, (title, units) in LOGGED.items():
+        known = logged.filter(pl.col("name").is_in(list(units)))
+        if known.is_empty():
+            continue
+        rows: dict[tuple[str, int, int], dict[str, Any]] = {}
+        for row in known.iter_rows(named=True):
+            unit = row["arm"], row["seed"], row["step"]
+            n = samples.get((*unit, row["name"].partition("/")[0]))
+            cells = rows.setdefault(unit, dict(zip(UNIT, unit, strict=True)) | {"pairs": pairs.get(unit)})
+            cells[row["name"]] = _logged(row["value"], row["stderr"], n)
+        head = [*UNIT, "pairs", *(name for name in units if name in known["name"])]
+        ordered = [{name: row.get(name) for name in head} for row in rows.values()]
+        yield Table(table, f"{title} ± standard error", ordered, units, folded=len(ordered) > 12)
+        if samples and table == "divergence":
+            yield Prose(
+                "KL divergences are of whole answers that the step's model itself wrote, cut where they grow long, n "
+                "of them: k1 is unbiased and may be negative, k3 is never negative and steadier where the models are "
+                "near. Log ratios are of the pairs' own answers and are no KL divergence."
+            )
+
+
+def _logged_families(logged: pl.DataFrame) -> Iterator[Block]:
     for family, title in FAMILIES.items():
-        own = families.filter(pl.col("name").str.starts_with(f"{family}/"))
+        own = logged.filter(pl.col("name").str.starts_with(f"{family}/"))
         if own.height:
             rows = [
                 {name: row[name] for name in UNIT}
@@ -153,5 +263,5 @@ def _drift(evidence: Evidence) -> Iterator[Block]:
             yield Table(f"logged_{family}", f"{title}, as training logged it", rows, folded=len(rows) > 12)
 
 
-def _logged(value: float, stderr: float | None) -> Estimate:
-    return Estimate(value, stderr, digits=3 if abs(value) < 10 else 1)
+def _logged(value: float, stderr: float | None, n: int | None = None) -> Estimate:
+    return Estimate(value, stderr, n, digits=3 if abs(value) < 10 else 1)

@@ -7,16 +7,80 @@ import polars as pl
 
 from sdpo_data.tables import UNIT
 from sdpo_eval import plots, plots_chain
+from sdpo_eval.arms import describe_arms
 from sdpo_eval.blocks import Block, Drawing, Estimate, Heading, Prose, Table
 from sdpo_eval.changes import find_changes, find_flips, find_forgetting
 from sdpo_eval.contrasts import METRICS, TITLES, Side, contrast_models, pair_seeds
 from sdpo_eval.evidence import Evidence, pair_sides
 from sdpo_eval.held_out import find_best_steps
 from sdpo_eval.margins import HELD_OUT, measure_displacement, summarise_margins
-from sdpo_eval.verdict import as_difference, name_command, name_contrast
+from sdpo_eval.verdict import as_difference, best_verdicts, contrast_row, name_command, name_contrast, primary_task
 
 SHOWN_FLIPS = 5  # questions shown of each pair of models
+SIZES_ALIKE = 1.05  # times the smallest: up to it arms differ by what rounding to whole updates brings
 MOST_COUNTS = 24  # rows of a table that is not folded
+
+
+def tell_arms(evidence: Evidence) -> Iterator[Block]:
+    """Show what each arm of the run did, in what it differs from the first, and where their sizes are not equal."""
+    rows = describe_arms(evidence.steps, evidence.orders, evidence.partition, evidence.recipe)
+    if not rows:
+        return
+    cells = [
+        row
+        | (
+            {}
+            if (rho := row.get("rank_with_difficulty")) is None
+            else {"rank_with_difficulty": Estimate(rho, digits=2, signed=True)}
+        )
+        for row in rows
+    ]
+    yield Table("arms", "What each arm did, read off what it trained on and the weights it started from", cells)
+    sizes = {name: [row[name] for row in rows] for name in ("pairs", "tokens", "updates")}
+    unequal = [f"{name} ({min(found):,} to {max(found):,})" for name, found in sizes.items() if min(found) < max(found)]
+    if unequal:
+        text = f"The arms are not equal in {' and '.join(unequal)}: a difference between them may be one of size."
+        yield Prose(text, loud=any(max(found) > SIZES_ALIKE * min(found) for found in sizes.values()))
+    elif rows[1:]:
+        yield Prose("The arms are equal in pairs, tokens and updates.")
+    if any("rank_with_difficulty" in row for row in rows):
+        yield Prose(
+            "S is the base model. Rank with difficulty is Spearman's rho of the training order with the partition's "
+            "difficulty: above 0 from easy to hard, near 0 in no such order."
+        )
+
+
+def tell_factorial(evidence: Evidence) -> Iterator[Block]:
+    """Show the effects of the core factorial: those on what decides as a figure, all of them as a table."""
+    effects = evidence.factorial
+    if effects.is_empty():
+        return
+    yield Heading("Order and reference, each over both values of the other")
+    shown = best_verdicts(effects)
+    task = primary_task(effects, evidence.compare)
+    named = shown.filter(task=task).with_columns(contrast=pl.format("{}: {} − {}", "effect_of", "first", "second"))
+    title = TITLES.get(task, task)
+    yield Drawing("factorial", lambda: plots.plot_factorial(named, title))
+    deciding = named.select("effect_of", "first", "verdict_on").rows()
+    rows = [
+        (
+            row["task"] == task and (row["effect_of"], row["first"], row["verdict_on"]) in deciding,
+            {"effect_of": row["effect_of"]} | contrast_row(row),
+        )
+        for row in effects.iter_rows(named=True)
+    ]
+    about = "Effects of the core factorial, points with 95 % intervals; verdicts adjusted among these effects"
+    for name, which in (("factorial", True), ("other_factorial", False)):
+        own = [row for is_shown, row in rows if is_shown == which]
+        if own:
+            yield Table(name, about if which else f"{about}: all others", own, folded=not which)
+    yield Prose(
+        "The core factorial is {easy to hard, random order} × {moving, fixed reference}: sdpo, sdpo_fixed, random, "
+        "random_fixed. Each side of an effect is the mean of two arms over the same questions and seeds; the "
+        "interaction is half of (sdpo − sdpo_fixed) − (random − random_fixed), what order and moving reference add "
+        "together beyond each alone. These effects are a family of their own: the contrasts of single arms are "
+        "adjusted apart from them."
+    )
 
 
 def tell_changes(evidence: Evidence) -> Iterator[Block]:

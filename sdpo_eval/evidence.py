@@ -30,6 +30,7 @@ from sdpo_data.tables import (
     SdpoError,
     check,
 )
+from sdpo_eval.arms import contrast_factorial, find_chains
 from sdpo_eval.contrasts import CompareConfig, Side, contrast_models
 from sdpo_eval.margins import HELD_OUT_SCORES, as_documents, as_items, read_held_out, summarise_margins
 
@@ -61,12 +62,20 @@ class Evidence:
     items: pl.DataFrame
     references: pl.DataFrame
     """SCORES of every step's pairs under that step's reference, with arm, seed and step."""
+    orders: pl.DataFrame
+    """arm and the PARTITION that it trained on, in the seed that got furthest."""
     held_out_scores: pl.DataFrame
     documents: pl.DataFrame
     """DOCUMENTS of the questions; the prompts of held-out pairs are among them."""
     compare: CompareConfig
     runs: tuple[str, ...] = ()
     """Names of the runs that this was merged of, see versus.py."""
+
+    def recipe(self, arm: str, seed: int, step: int) -> dict[str, Any]:
+        """Give the settings and the weights' keys that a step was trained by, from the lineage; empty if unknown."""
+        run, _, name = arm.rpartition(": ")
+        unit = f"{f'{run}: ' if run else ''}arms/{name}/seed_{seed}/step_{step}"
+        return self.lineage.get(unit, {}).get("recipe", {})
 
     @cached_property
     def answers(self) -> pl.DataFrame:
@@ -79,6 +88,11 @@ class Evidence:
     def contrasts(self) -> pl.DataFrame:
         """What `pair_sides` sets against each other, judged by scores: a CONTRASTS frame."""
         return contrast_models(pair_sides(self), self.compare)
+
+    @cached_property
+    def factorial(self) -> pl.DataFrame:
+        """The effects of order and of reference, and their interaction: see `contrast_factorial`."""
+        return contrast_factorial(self.answers, self.compare)
 
 
 def read_evidence(run: Run) -> Evidence:
@@ -113,6 +127,7 @@ def read_evidence(run: Run) -> Evidence:
         metrics=check(run.metrics, METRICS, "metrics.parquet"),
         items=check(run.items, ITEMS, "items"),
         references=_references(run),
+        orders=_orders(run),
         held_out_scores=held_out_scores,
         documents=pl.concat([run.questions, as_documents(held_out, held_out_scores)]),
         compare=read_section(run, "compare", CompareConfig),
@@ -137,6 +152,16 @@ def _references(run: Run) -> pl.DataFrame:
             scores = check(run.read(str(path.relative_to(run.path).with_suffix(""))), SCORES, str(path))
             unit = {"arm": pl.lit(arm), "seed": pl.lit(seed, pl.Int64), "step": pl.lit(step, pl.Int64)}
             frames.append(scores.with_columns(**unit).select(*UNIT, *SCORES))
+    return pl.concat(frames)
+
+
+def _orders(run: Run) -> pl.DataFrame:
+    frames = [PARTITION.to_frame().insert_column(0, pl.Series("arm", [], pl.String))]
+    for arm, seed in find_chains(run.steps):
+        path = run.path / f"arms/{arm}/seed_{seed}/partition.parquet"
+        if path.exists():
+            own = check(run.read(str(path.relative_to(run.path).with_suffix(""))), PARTITION, str(path))
+            frames.append(own.select(pl.lit(arm).alias("arm"), *PARTITION))
     return pl.concat(frames)
 
 

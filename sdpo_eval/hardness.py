@@ -8,7 +8,7 @@ import polars as pl
 from sdpo_data.describe import describe_definitions, describe_scores, length_correlation, unclear_orders
 from sdpo_data.difficulty import Difficulty, difficulty_named
 from sdpo_data.tables import TOKEN_DIFFERENCE, SdpoError
-from sdpo_eval import plots
+from sdpo_eval import plots_pairs
 from sdpo_eval.blocks import Block, Drawing, Estimate, Heading, Prose, Quotes, Table
 from sdpo_eval.evidence import Evidence, edge_pairs, read_texts
 from sdpo_eval.margins import summarise_margins
@@ -26,7 +26,7 @@ def tell_difficulty(evidence: Evidence) -> Iterator[Block]:
     definition = partition["definition"][0]
     known = _definition(definition)
     unit = known.unit if known else "units of its maker's"
-    yield Drawing("difficulties", lambda: plots.plot_difficulties(partition, unit))
+    yield Drawing("difficulties", lambda: plots_pairs.plot_difficulties(partition, unit))
     title = f"Difficulty by part: {definition} [{unit}], higher is harder"
     yield Table("difficulty", title, _difficulty_rows(partition))
     yield Table("sizes", "Sizes; tokens are sums over the part", _size_rows(partition, scores))
@@ -35,7 +35,7 @@ def tell_difficulty(evidence: Evidence) -> Iterator[Block]:
         measured = summarise_margins(placed, ["step"]).iter_rows(named=True)
         rows = [{"step": row["step"]} | judgement(row) for row in measured]
         yield Table("parts_judged", "What the base model thinks of each part", rows, JUDGED)
-        yield Drawing("margin_curves", lambda: plots.plot_margin_curves(scores, partition))
+        yield Drawing("margin_curves", lambda: plots_pairs.plot_margin_curves(scores, partition))
         yield from _sources(scores)
         yield Heading("Is it difficulty, or length?")
         yield from _length(evidence, definition, known)
@@ -82,7 +82,7 @@ def _share(row: dict[str, Any], name: str) -> Estimate:
 def _length(evidence: Evidence, definition: str, known: Difficulty | None) -> Iterator[Block]:
     scores, partition = evidence.scores, evidence.partition
     texts = read_texts(evidence.pairs) if evidence.pairs.height else None
-    yield Drawing("length_confound", lambda: plots.plot_length_confound(scores, partition, texts))
+    yield Drawing("length_confound", lambda: plots_pairs.plot_length_confound(scores, partition, texts))
     if known:
         rho, n = length_correlation(scores, definition)
         said = Estimate(rho, n=n, digits=2, signed=True)
@@ -94,7 +94,7 @@ def _length(evidence: Evidence, definition: str, known: Difficulty | None) -> It
 
 def _definitions(scores: pl.DataFrame, definition: str | None) -> Iterator[Block]:
     compared = describe_definitions(scores, definition)
-    yield Drawing("definitions", lambda: plots.plot_definitions(compared))
+    yield Drawing("definitions", lambda: plots_pairs.plot_definitions(compared))
     rows = compared.with_columns(pl.col(pl.Float64).round(3)).rename({"length_rho": "rho_with_length"}).to_dicts()
     title = (
         "Definitions of difficulty: rank correlation with the difference in length, and Kendall's tau with each other"

@@ -103,16 +103,33 @@ def plot_displacement(moved: pl.DataFrame) -> Figure:
     )
 
 
-def plot_loss(metrics: pl.DataFrame) -> Figure:
+def plot_loss(metrics: pl.DataFrame, *, sigmoid: bool = True) -> Figure:
     """Draw the training loss by update, steps one after another, one panel per arm.
 
     Args:
         metrics: METRICS frame with rows named "loss".
+        sigmoid: whether it is the sigmoid loss, which is log 2 where policy and reference agree.
+    """
+    said = "Where policy and reference agree on every pair the sigmoid loss is log 2 = 0.6931 (dotted)."
+    return _training_curves(
+        metrics.filter(name="loss"), "DPO loss [nats]" if sigmoid else "loss",
+        (LOG_2, "log 2 = 0.6931") if sigmoid else None,
+        "Training loss by update; a step that starts from its reference starts at log 2"
+        if sigmoid else "Training loss by update",
+        said if sigmoid else "Not the sigmoid loss alone: a step need not start at log 2.",
+    )  # fmt: skip
+
+
+def plot_gradient_norms(metrics: pl.DataFrame) -> Figure:
+    """Draw the norm of the gradient by update, before it is clipped.
+
+    Args:
+        metrics: METRICS frame with rows named "grad_norm".
     """
     return _training_curves(
-        metrics.filter(name="loss"), "DPO loss [nats]", (LOG_2, "log 2 = 0.6931"),
-        "Training loss by update; a step that starts from its reference starts at log 2",
-        "Policy and reference agree on every pair then, and the sigmoid loss is log 2 = 0.6931 (dotted).",
+        metrics.filter(name="grad_norm"), "gradient norm", None,
+        "The gradient's norm by update",
+        "Before clipping, over all trained weights. A jump that the loss follows asks for a lower learning rate.",
     )  # fmt: skip
 
 
@@ -121,12 +138,26 @@ def plot_reward_margins(metrics: pl.DataFrame) -> Figure:
 
     Args:
         metrics: METRICS frame with rows named "rewards/margins": beta times how far the policy
-            moved from its reference on the pair, which starts at 0 in every step.
+            moved from its reference on the pair, which starts at 0 where a step starts from its reference.
     """
     return _training_curves(
         metrics.filter(name="rewards/margins"), "rewards/margins", (0.0, "0: policy = reference"),
         "How far training separated the answers, beyond the step's reference",
-        "TRL's rewards/margins: beta × (margin of the policy − margin of its reference), from 0 in every step.",
+        "TRL's rewards/margins: beta × (margin of the policy − margin of its reference).",
+    )  # fmt: skip
+
+
+def plot_reward_accuracies(metrics: pl.DataFrame) -> Figure:
+    """Draw the share of an update's pairs whose reward margin is above 0.
+
+    Args:
+        metrics: METRICS frame with rows named "rewards/accuracies".
+    """
+    return _training_curves(
+        metrics.filter(name="rewards/accuracies"), "rewards/accuracies", (0.5, "0.5: a coin"),
+        "How many of an update's pairs the policy separates better than its reference",
+        "TRL's rewards/accuracies, of one update's pairs. Where a step starts from its reference the first value is of "
+        "margins that are 0 up to rounding, and says nothing.",
     )  # fmt: skip
 
 
@@ -155,8 +186,10 @@ def plot_weights(weights: pl.DataFrame) -> Figure:
     )
 
 
-def _training_curves(metric: pl.DataFrame, y_title: str, start: tuple[float, str], text: str, subtitle: str) -> Figure:
-    """Draw one metric over a run's updates, steps end to end, beside the value that they start from."""
+def _training_curves(
+    metric: pl.DataFrame, y_title: str, start: tuple[float, str] | None, text: str, subtitle: str
+) -> Figure:
+    """Draw one metric over a run's updates, steps end to end, beside a value to read it by, if there is one."""
     unit = ["arm", "seed", "step"]
     table = metric.sort(*unit, "update").select(*unit, "update", pl.col("value").round(6))
     ends = table.group_by(unit).agg(last=pl.col("update").max()).sort(unit)
@@ -172,10 +205,10 @@ def _training_curves(metric: pl.DataFrame, y_title: str, start: tuple[float, str
     )
     lines = base.mark_line(strokeWidth=2).encode(stroke("step"), dash("step"))
     points = base.mark_point(filled=True, size=32, opacity=1).encode(*marks("step"))
-    rule = guide(y=alt.datum(start[0]))
-    label = once().mark_text(text=start[1], align="right", dx=-3, dy=-6, color=GREY).encode(
-        x=alt.value("width"), y=alt.datum(start[0])
-    )  # fmt: skip
-    chart = panels([rule, label, lines, points], table, alt.Facet("arm:N", title=None))
+    beside = []
+    if start is not None:
+        label = once().mark_text(text=start[1], align="right", dx=-3, dy=-6, color=GREY)
+        beside = [guide(y=alt.datum(start[0])), label.encode(x=alt.value("width"), y=alt.datum(start[0]))]
+    chart = panels([*beside, lines, points], table, alt.Facet("arm:N", title=None))
     thinned = f" One update in {every} is drawn." if every > 1 else ""
     return styled(chart, text, subtitle + thinned)

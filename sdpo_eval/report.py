@@ -31,6 +31,7 @@ READS = (
     "arms/*/seed_*/*.parquet",
     "arms/*/seed_*/step_*/*.parquet",
     "items/*.parquet",
+    "questions/*.parquet",
     "held_out_scores/*.parquet",
     "*.yaml",
     "lineage.json",

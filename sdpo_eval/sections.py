@@ -8,15 +8,15 @@ from typing import Any
 import polars as pl
 
 from sdpo_data.tables import UNIT
-from sdpo_eval import plots
+from sdpo_eval import plots_pairs
 from sdpo_eval.blocks import Block, Drawing, Estimate, Heading, Listing, Prose, Section, Table
 from sdpo_eval.chain import tell_chain
 from sdpo_eval.contrasts import TITLES
-from sdpo_eval.detail import tell_changes
+from sdpo_eval.detail import tell_arms, tell_changes, tell_factorial
 from sdpo_eval.evidence import Evidence, comparable_results, last_metrics
 from sdpo_eval.hardness import tell_difficulty
 from sdpo_eval.verdict import name_command, score_rows, tell_h4, tell_verdict
-from sdpo_eval.versus import merge_evidence, tell_differences
+from sdpo_eval.versus import merge_evidence, number_blocks, tell_differences, tell_each
 
 
 def write_sections(evidence: Evidence) -> list[Section]:
@@ -24,7 +24,7 @@ def write_sections(evidence: Evidence) -> list[Section]:
     return _written(
         [
             ("verdict", "Verdict", (tell_verdict,)),
-            ("h4", "H4 by step and arm", (tell_h4, tell_changes)),
+            ("h4", "H4 by step and arm", (tell_arms, tell_h4, tell_factorial, tell_changes)),
             ("difficulty", "Difficulty: what is easy here, and what is hard", (tell_difficulty,)),
             ("chain", "The chain, step by step", (tell_chain,)),
             ("data", "The data: sources, drops, contamination", (_data,)),
@@ -41,14 +41,18 @@ def compare_sections(runs: Sequence[Evidence]) -> list[Section]:
     shared = _written(
         [
             ("verdict", "Verdict", (tell_verdict,)),
-            ("h4", "H4 by run, step and arm", (tell_h4, tell_changes)),
+            ("h4", "H4 by run, step and arm", (tell_arms, tell_h4, tell_changes)),
             ("differences", "What tells the runs apart", (lambda _: tell_differences(runs),)),
+            ("difficulty", "Difficulty, run by run", (lambda _: tell_each(runs, tell_difficulty),)),
             ("chain", "The chains, step by step", (tell_chain,)),
+            ("data", "The data, run by run", (lambda _: tell_each(runs, _data),)),
             ("cost", "What they cost", (_cost,)),
         ],
         merged,
     )
-    own = [block for name, run in zip(merged.runs, runs, strict=True) for block in (Heading(name), *_reproduce(run))]
+    own: list[Block] = []
+    for number, (name, run) in enumerate(zip(merged.runs, runs, strict=True), 1):
+        own += [Heading(name), *number_blocks(_reproduce(run), number)]
     return [*shared, Section("reproduce", "How to reproduce", own)]
 
 
@@ -106,7 +110,7 @@ def _findings(evidence: Evidence) -> Iterator[Block]:
     found = asked.filter(pl.col("severity") != "fine")
     fine = ", ".join(asked.filter(severity="fine")["check"])
     if found.height:
-        yield Drawing("findings", lambda: plots.plot_findings(found))
+        yield Drawing("findings", lambda: plots_pairs.plot_findings(found))
         rows = [row | {"share": f"{100 * row['share']:.1f}"} for row in found.drop("pair_id").iter_rows(named=True)]
         yield Table("findings", "What pairs have, and what to do", rows, {"share": "%"}, folded=len(rows) > 6)
     yield Prose(f"Asked and not found: {fine or 'nothing'}.")
@@ -157,32 +161,90 @@ def _cost(evidence: Evidence) -> Iterator[Block]:
         yield from _floor(evidence.scores)
     if evidence.steps.height:
         rate = {"tokens_per_second": (pl.col("tokens") / pl.col("seconds")).round().cast(pl.Int64)}
+        shared = ["shared_from"] if evidence.steps["shared_from"].drop_nulls().len() else []
         steps = evidence.steps.select(
             *UNIT, "pairs", "tokens", "updates", pl.col("seconds").round().cast(pl.Int64), **rate
+        ).hstack(evidence.steps.select(shared))
+        title = "Training; tokens are of prompts, chosen and rejected answers, once per epoch"
+        if shared:
+            title += "; a shared step was computed once, and its seconds are those of the step it came from"
+        yield Table("steps", title, steps.to_dicts(), folded=steps.height > 24)
+    yield from _phases(evidence)
+    yield from _speed(evidence)
+
+
+def _phases(evidence: Evidence) -> Iterator[Block]:
+    """Show where the time of each step went, and the most memory it took, as training logged them (cost/*)."""
+    if evidence.steps.is_empty():
+        return
+    logged = last_metrics(evidence.metrics).filter(pl.col("name").str.contains("memory|^cost/|flops|mfu"))
+    rows: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for arm, seed, step, name, value, _ in logged.rows():
+        cells = rows.setdefault((arm, seed, step), dict(zip(UNIT, (arm, seed, step), strict=True)))
+        cells[name.removeprefix("cost/").removesuffix("_seconds").removesuffix("_mib")] = round(value)
+    if rows:
+        units = {"reference": "s", "train": "s", "diagnose": "s", "peak_memory": "MiB"}
+        title = (
+            "Time of each step's phases, and memory: reference loads models and scores under the reference what is not "
+            "scored yet, diagnose scores the step's pairs again"
         )
-        yield Table(
-            "steps", "Training; tokens are of prompts, chosen and rejected answers, once per epoch", steps.to_dicts()
-        )
-        memory = last_metrics(evidence.metrics).filter(pl.col("name").str.contains("memory|cost/|flops|mfu"))
-        if memory.height:
-            yield Table(
-                "memory", "Memory and work, as training logged them", memory.to_dicts(), folded=memory.height > 12
-            )
-        else:
-            yield Prose("Peak memory was not recorded by this run.")
+        yield Table("phases", title, list(rows.values()), units, folded=len(rows) > 12)
+    if not any("peak_memory" in row for row in rows.values()):
+        yield Prose("Peak memory was not recorded by this run.")
+
+
+def _speed(evidence: Evidence) -> Iterator[Block]:
+    """Set the time of scoring and of each step's updates against the fewest tokens that they can compute."""
+    rows = []
+    scored = evidence.lineage.get("scores", {}).get("seconds")
+    if scored and evidence.scores.height:
+        rows.append(_at_speed("scoring all pairs", scored, 1, evidence.scores))
+    trained = evidence.metrics.filter(name="cost/train_seconds").select(*UNIT, "value").rows()
+    seconds = {row[:3]: row[3] for row in trained}
+    for row in evidence.steps.filter(pl.col("shared_from").is_null()).iter_rows(named=True):
+        unit = {name: row[name] for name in UNIT}
+        took = seconds.get(tuple(unit.values()))
+        own = evidence.references.filter(**unit)
+        if took and own.height:
+            passes = row["tokens"] / _tokens(own)[1]
+            rows.append(_at_speed(f"updates of {row['arm']}/{row['seed']}/{row['step']}", took, passes, own))
+    if not rows:
+        return
+    title = "Tokens a second, and the floor: each prompt of the pairs once, each answer once, in every epoch"
+    yield Table("speed", title, rows, {"seconds": "s"}, folded=len(rows) > 12)
+    yield Prose(
+        "Tokens are counted from the tables: a pair's prompt once and both its answers, for each epoch. Not recorded, "
+        "and so in no number here: the tokens that forward passes really computed, with padding, recomputation and "
+        "the backward pass. Scoring includes loading the model; pairs already in the score store take no time and make "
+        "it look faster."
+    )
+
+
+def _at_speed(what: str, seconds: float, passes: float, scores: pl.DataFrame) -> dict[str, Any]:
+    floor, together, _ = (passes * tokens for tokens in _tokens(scores))
+    return {
+        "what": what, "pairs": scores.height, "seconds": round(seconds, 1), "tokens": round(together),
+        "tokens_per_second": round(together / seconds), "floor_tokens": round(floor),
+        "floor_tokens_per_second": round(floor / seconds), "times_the_floor": Estimate(together / floor, digits=2),
+    }  # fmt: skip
+
+
+def _tokens(scores: pl.DataFrame) -> tuple[int, int, int]:
+    """Count what one pass over the pairs takes: every prompt once, every pair's once, every answer's own prompt."""
+    answers = int(scores.select(pl.col("chosen_tokens").sum() + pl.col("rejected_tokens").sum()).item())
+    prompts = int(scores["prompt_tokens"].sum())
+    shared = int(scores.group_by("prompt_id").agg(pl.col("prompt_tokens").max())["prompt_tokens"].sum())
+    return shared + answers, prompts + answers, 2 * prompts + answers
 
 
 def _floor(scores: pl.DataFrame) -> Iterator[Block]:
     """Set what one scoring pass costs beside the least it can cost: each prompt once, each answer once."""
-    answers = int(scores.select(pl.col("chosen_tokens").sum() + pl.col("rejected_tokens").sum()).item())
-    prompts = int(scores["prompt_tokens"].sum())
-    shared = int(scores.group_by("prompt_id").agg(pl.col("prompt_tokens").max())["prompt_tokens"].sum())
+    floor, together, apart = _tokens(scores)
     ways = {
-        "every answer with its own prompt": 2 * prompts + answers,
-        "every pair with its prompt once": prompts + answers,
-        "every prompt once (the engine's floor, or a little above it)": shared + answers,
+        "every answer with its own prompt": apart,
+        "every pair with its prompt once": together,
+        "every prompt once (the engine's floor, or a little above it)": floor,
     }
-    floor = shared + answers
     rows = [{"way": way, "tokens": n, "times_the_floor": Estimate(n / floor, digits=2)} for way, n in ways.items()]
     yield Table("floor", "What one pass over the pairs takes, without padding", rows)
 
@@ -243,11 +305,19 @@ def _caveats(evidence: Evidence) -> Iterator[str]:
     recipe = evidence.lineage.get("pairs", {}).get("recipe", {})
     if recipe.get("limit"):
         yield f"Limited data: at most {recipe['limit']:,} pairs of each source were taken."
+    if recipe.get("caps"):
+        caps = ", ".join(f"{most:,} of {source}" for source, most in recipe["caps"].items())
+        yield f"Limited data: at most {caps} were taken (pairs.caps)."
+    if recipe.get("weights"):
+        weights = ", ".join(f"{source} {weight:g}" for source, weight in recipe["weights"].items())
+        yield f"Mixed data: of the sources no more than these proportions allow was taken (pairs.weights): {weights}."
     commits = {made["commit"] for made in evidence.lineage.values()}
     if None in commits:
         yield "Not all stages ran in a git checkout: of their code only the version is known."
     if len(commits - {None}) > 1:
         yield f"The stages were made at {len(commits - {None})} different commits."
-    for name in [evidence.settings.get("model"), *recipe.get("source", [])]:
+    score = evidence.settings.get("score")
+    second = score.get("against") if isinstance(score, dict) else None
+    for name in dict.fromkeys([evidence.settings.get("model"), second, *recipe.get("source", [])]):
         if isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+(:\w+)?", name):
             yield f"Unpinned: {name} is a hub id or a folder, which may change; its hash tells."

@@ -10,7 +10,7 @@ import polars as pl
 from sdpo_data.tables import UNIT
 from sdpo_eval import plots
 from sdpo_eval.blocks import Block, Drawing, Estimate, Heading, Missing, Prose, Table
-from sdpo_eval.contrasts import CHECKPOINTS, METHODS, TITLES, tell_kind
+from sdpo_eval.contrasts import CHECKPOINTS, METHODS, TITLES, CompareConfig, tell_kind
 from sdpo_eval.evidence import Evidence, Model, comparable_results, find_base, find_lasts
 from sdpo_eval.h4 import MEAN, TASKS
 from sdpo_eval.margins import HELD_OUT, summarise_margins
@@ -46,11 +46,12 @@ def tell_verdict(evidence: Evidence) -> Iterator[Block]:
         yield Prose(f"{TITLES.get(task, task)}: {', '.join(scores)}.")
     if evidence.contrasts.height:
         yield Prose(f"{tell_kind(evidence.contrasts)} {_say_primary(evidence)}")
-        judged = _best_verdicts(evidence.contrasts).filter(task=evidence.compare.primary_task)
+        judged = best_verdicts(evidence.contrasts).filter(task=evidence.compare.primary_task)
         if judged.height > 1:
             title = TITLES.get(evidence.compare.primary_task, evidence.compare.primary_task)
             named = judged.with_columns(contrast=pl.format("{} − {}", "first", "second"))
             yield Drawing("contrasts", lambda: plots.plot_contrasts(named, title))
+    yield from _say_factorial(evidence)
 
 
 def _say_accuracies(evidence: Evidence) -> list[str]:
@@ -69,7 +70,26 @@ def _say_accuracies(evidence: Evidence) -> list[str]:
     return said
 
 
-def _best_verdicts(contrasts: pl.DataFrame) -> pl.DataFrame:
+def _say_factorial(evidence: Evidence) -> Iterator[Prose]:
+    """Say what order and reference do, each averaged over the other, by what decides."""
+    if evidence.factorial.is_empty():
+        return
+    task = primary_task(evidence.factorial, evidence.compare)
+    said = [
+        f"{row['effect_of']} ({row['first']} − {row['second']}) {as_difference(row, digits=1).number}, {row['verdict']}"
+        for row in best_verdicts(evidence.factorial).filter(task=task).iter_rows(named=True)
+    ]
+    told = "; ".join(said[:MOST_TOLD])
+    yield Prose(f"The core factorial, points of {TITLES.get(task, task)}: {told}. These are adjusted among themselves.")
+
+
+def primary_task(contrasts: pl.DataFrame, config: CompareConfig) -> str:
+    """Name the task that decides: the one named beforehand where it was asked, else H4, else the first there is."""
+    asked = contrasts["task"].unique(maintain_order=True).to_list()
+    return next((task for task in (config.primary_task, MEAN) if task in asked), asked[0])
+
+
+def best_verdicts(contrasts: pl.DataFrame) -> pl.DataFrame:
     """Keep, task by task, the verdicts on the methods where there are any, else those on the checkpoints."""
     on_methods = pl.col("verdict_on") == METHODS
     return contrasts.filter(on_methods | ~on_methods.any().over("task"), metric="score", subset="all")
@@ -81,7 +101,7 @@ def _say_contrasts(evidence: Evidence, tasks: list[str]) -> Iterator[str]:
     if contrasts.is_empty():
         return
     order = pl.col("task").replace_strict({task: place for place, task in enumerate(tasks)}, return_dtype=pl.Int64)
-    judged = _best_verdicts(contrasts).filter(pl.col("task").is_in(tasks)).sort(order, maintain_order=True)
+    judged = best_verdicts(contrasts).filter(pl.col("task").is_in(tasks)).sort(order, maintain_order=True)
     base = pl.col("second").str.contains(r"(^|: )base$")
     first, second = evidence.compare.primary.split(" - ")
     named = [
@@ -152,7 +172,7 @@ def _contrast_tables(evidence: Evidence) -> Iterator[Table]:
     contrasts, task = evidence.contrasts, evidence.compare.primary_task
     if task not in contrasts["task"]:
         task = MEAN
-    deciding = _best_verdicts(contrasts.filter(task=task)).select("first", "second", "verdict_on").rows()
+    deciding = best_verdicts(contrasts.filter(task=task)).select("first", "second", "verdict_on").rows()
     kinds = contrasts["verdict_on"].unique().to_list()
     on = f" on {kinds[0]}" if len(kinds) == 1 else ""
     hidden = {"verdict_on", "seeds"} if kinds == [CHECKPOINTS] else set()
@@ -160,7 +180,7 @@ def _contrast_tables(evidence: Evidence) -> Iterator[Table]:
         f"Differences over the same questions, points with 95 % intervals; verdicts{on} are adjusted for being several"
     )
     rows = [
-        (row["task"] == task and (row["first"], row["second"], row["verdict_on"]) in deciding, _contrast_row(row))
+        (row["task"] == task and (row["first"], row["second"], row["verdict_on"]) in deciding, contrast_row(row))
         for row in contrasts.iter_rows(named=True)
     ]
     shown = [
@@ -227,7 +247,8 @@ def as_difference(row: dict[str, Any], digits: int = 2) -> Estimate:
     return Estimate(row["effect"], row["stderr"], row["n"], digits=digits, signed=True, ends=ends)
 
 
-def _contrast_row(row: dict[str, Any]) -> dict[str, Any]:
+def contrast_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Give a row of CONTRASTS as the cells of a table."""
     return {
         "contrast": name_contrast(row), "verdict_on": row["verdict_on"], "task": TITLES.get(row["task"], row["task"]),
         "difference": as_difference(row), "verdict": row["verdict"], "p_adjusted": round(row["p_holm"], 4),

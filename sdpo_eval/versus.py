@@ -1,16 +1,17 @@
 """Several runs in one report: their evidence as one, every arm named by its run, and what tells the runs apart."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import polars as pl
 
-from sdpo_eval.blocks import Block, Heading, Prose, Table
+from sdpo_eval.blocks import Block, Drawing, Heading, Prose, Quotes, Table
 from sdpo_eval.contrasts import CompareConfig
 from sdpo_eval.evidence import Evidence
 
 BASE = "base"
+LEFT_OUT = {"length_confound"}  # of what is told run by run: figures with a mark per pair
 
 
 def merge_evidence(runs: Sequence[Evidence]) -> Evidence:
@@ -55,6 +56,7 @@ def merge_evidence(runs: Sequence[Evidence]) -> Evidence:
         metrics=together("metrics"),
         items=together("items"),
         references=together("references") if same_base else first.references.clear(),
+        orders=first.orders.clear(),  # each is made from its own run's partition
         scores=scores if same_base else scores.clear(),
         held_out_scores=together("held_out_scores") if same_pairs else first.held_out_scores.clear(),
         held_out=first.held_out if same_pairs else first.held_out.clear(),
@@ -76,6 +78,43 @@ def name_runs(runs: Sequence[Evidence]) -> list[str]:
     """Name runs by their folders; by the whole path where two folders are called alike."""
     short = [one.path.resolve().name.replace(" - ", "-").replace(": ", " ") for one in runs]
     return short if len(set(short)) == len(short) else [str(one.path).replace(" - ", "-") for one in runs]
+
+
+def tell_each(runs: Sequence[Evidence], tell: Callable[[Evidence], Iterator[Block]]) -> Iterator[Block]:
+    """Tell of every run by itself what one report tells of its run; names of tables and figures get the run's number.
+
+    Runs whose pairs, partition and scores are those of an earlier one are named with it and told once. Pairs word for
+    word, and figures of every single pair, are left to each run's own report: they would outgrow the page.
+    """
+    names, told = name_runs(runs), list[Evidence]()
+    for number, (name, run) in enumerate(zip(names, runs, strict=True), 1):
+        twin = next((place for place, other in enumerate(told) if _same_data(run, other)), None)
+        told.append(run)
+        yield Heading(name)
+        if twin is not None:
+            yield Prose(f"The same pairs, parts and scores as {names[twin]}.")
+            continue
+        for block in number_blocks(tell(run), number):
+            if isinstance(block, Heading):
+                yield Heading(f"{name}: {block.text}")
+            elif not isinstance(block, Quotes) and getattr(block, "name", "") not in LEFT_OUT:
+                yield block
+
+
+def number_blocks(blocks: Iterable[Block], number: int) -> Iterator[Block]:
+    """Give tables and figures the number of their run: names are ids in the page and keys in the JSON."""
+    for block in blocks:
+        numbered = isinstance(block, Table | Drawing) and block.name not in LEFT_OUT
+        yield replace(block, name=f"{block.name}_{number}") if numbered else block
+
+
+def _same_data(one: Evidence, two: Evidence) -> bool:
+    def same(first: pl.DataFrame | None, second: pl.DataFrame | None) -> bool:
+        return first is second if first is None or second is None else first.equals(second)
+
+    tables = ("pairs", "dropped", "findings", "contamination", "scores", "partition")
+    clean = (run.results.filter(subset="clean").drop("arm") for run in (one, two))
+    return all(same(getattr(one, name), getattr(two, name)) for name in tables) and next(clean).equals(next(clean))
 
 
 def tell_differences(runs: Sequence[Evidence]) -> Iterator[Block]:

@@ -12,7 +12,8 @@ from made_run import KEYS, make_run, write
 import sdpo_eval
 from sdpo_data.messages import plain_texts
 from sdpo_data.run import Run
-from sdpo_data.tables import CONTAMINATION, DOCUMENTS, ITEMS, SdpoError
+from sdpo_data.tables import CONTAMINATION, DOCUMENTS, ITEMS, PARTITION, SdpoError
+from sdpo_eval.arms import contrast_factorial, describe_order
 from sdpo_eval.changes import FIELDS, find_changes, find_flips, find_forgetting
 from sdpo_eval.clean import Clean, read_clean
 from sdpo_eval.compare import compare_models, find_worse, main, tabulate_clean
@@ -88,6 +89,72 @@ def test_h4_is_there_with_all_four_tasks_alone():
     assert got["n"][0] == 24
     three = [side(frame.filter(pl.col("task") != "mmlu")) for frame in (first, second)]
     assert "h4" not in contrast_models([tuple(three)])["task"]
+
+
+FOUR = {
+    "sdpo": [1, 1, 0, 1, 1], "sdpo_fixed": [1, 0, 0, 1, 1],
+    "random": [0, 1, 0, 0, 1], "random_fixed": [0, 0, 1, 0, 0],
+}  # fmt: skip
+
+
+def test_the_core_factorial_by_hand():
+    # order, ((sdpo + sdpo_fixed) - (random + random_fixed)) / 2 by question: 1, 0, -1/2, 1, 1/2: mean 0.4; residues
+    # 0.6, -0.4, -0.9, 0.6, 0.1, their squares 1.7: standard error sqrt(1.7 / 4 / 5) = 0.29155.
+    # reference, ((sdpo + random) - (sdpo_fixed + random_fixed)) / 2: 0, 1, -1/2, 0, 1/2: mean 0.2.
+    # interaction, ((sdpo - sdpo_fixed) - (random - random_fixed)) / 2: 0, 0, 1/2, 0, -1/2: mean 0.
+    # Question 5 was asked of three arms only and does not count.
+    answers = [items(arm, scores if arm == "random" else [*scores, 1]) for arm, scores in FOUR.items()]
+    got = contrast_factorial(pl.concat([*answers, items("dpo", [1] * 6)]), CompareConfig())
+    rows = {row["effect_of"]: row for row in got.iter_rows(named=True)}
+    assert {name: row["effect"] for name, row in rows.items()} == {
+        "order": pytest.approx(40), "reference": pytest.approx(20), "interaction": pytest.approx(0),
+    }  # fmt: skip
+    assert rows["order"]["stderr"] == pytest.approx(29.155, rel=1e-4)
+    assert {(row["n"], row["verdict_on"], row["primary"]) for row in rows.values()} == {(5, CHECKPOINTS, False)}
+    assert (rows["order"]["first"], rows["order"]["second"]) == ("easy to hard", "random")
+    assert rows["order"]["p_holm"] == pytest.approx(min(1, 3 * rows["order"]["p"]))  # the smallest of three
+    assert contrast_factorial(pl.concat(answers[:3]), CompareConfig()).is_empty()
+
+
+def test_the_core_factorial_is_judged_on_methods_from_five_seeds_that_all_four_arms_have():
+    # every arm's own answers, but that sdpo is right once more in odd seeds: order 40, 50, 40, 50, 40: 44 on average
+    frames = [
+        items(arm, [*scores[:2], 1, *scores[3:]] if arm == "sdpo" and seed % 2 else scores, seed=seed)
+        for arm, scores in FOUR.items()
+        for seed in range(5)
+    ]
+    late = [items(arm, scores, seed=9, step=2) for arm, scores in FOUR.items() if arm != "random"]
+    got = contrast_factorial(pl.concat([*frames, *late]), CompareConfig())
+    order = got.filter(effect_of="order", verdict_on=METHODS).row(0, named=True)
+    assert (order["effect"], order["seeds"], order["n"]) == (pytest.approx(44), 5, 5)
+    assert got.filter(effect_of="order", verdict_on=CHECKPOINTS)["effect"].to_list() == pytest.approx(
+        [40, 50] * 2 + [40]
+    )
+    assert contrast_factorial(pl.concat([*frames[:15], *late]), CompareConfig()).is_empty()  # random_fixed: no seed
+
+
+@pytest.mark.parametrize(
+    ("ids", "steps", "order", "rho"),
+    [
+        ("abcdef", "111222", "the parts, easiest first", 1.0),
+        ("fedcba", "111222", "the parts, hardest first", -1.0),
+        ("bafced", "111222", "other parts: 67 % of pairs are where the partition has them", 1 - 6 * 16 / 210),
+        ("abcdef", "111111", "all pairs in one step", 1.0),
+        ("abcabcdef", "111222222", "growing: each step trains on its part and all before it", None),
+        ("abcd", "1112", "the parts, easiest first, 67 % of all", 1.0),
+    ],
+)
+def test_what_an_arm_did_is_read_off_its_order(ids, steps, order, rho):
+    def partition(ids, steps):
+        rows = [
+            (i, "s", int(step), rank, float(ord(i)), "mine")
+            for rank, (i, step) in enumerate(zip(ids, steps, strict=True))
+        ]
+        return pl.DataFrame(rows, PARTITION, orient="row")
+
+    got = describe_order(partition(ids, steps), partition("abcdef", "111222"))
+    assert got["order"] == order
+    assert rho is None or got["rank_with_difficulty"] == pytest.approx(rho)
 
 
 def test_metrics_beside_the_score_by_hand():

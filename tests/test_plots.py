@@ -8,7 +8,7 @@ from made_run import make_run
 
 from sdpo_data.run import Run
 from sdpo_data.tables import METRICS, RESULTS
-from sdpo_eval import canvas, plots, plots_chain
+from sdpo_eval import canvas, plots, plots_chain, plots_pairs
 from sdpo_eval.evidence import measure_drift, read_evidence
 from sdpo_eval.margins import measure_displacement
 from sdpo_eval.published import TABLE_2
@@ -18,6 +18,11 @@ from sdpo_eval.sections import write_sections
 @pytest.fixture(scope="module")
 def evidence(tmp_path_factory):
     return read_evidence(Run(make_run(tmp_path_factory.mktemp("made") / "run")))
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory):
+    return read_evidence(Run(make_run(tmp_path_factory.mktemp("made") / "core", core=True)))
 
 
 def rows_of(chart) -> list[dict]:
@@ -106,7 +111,7 @@ def test_a_long_training_is_thinned_and_says_so():
 def test_margin_curves_by_hand(scores):
     # margins a +1, b -3, c +1, d -9, e +4. Step 1 (e, a, c): 1, 1, 4; step 2 (b, d): -9, -3
     steps = pl.DataFrame({"pair_id": ["e", "a", "c", "b", "d"], "step": [1, 1, 1, 2, 2]})
-    rows = rows_of(plots.plot_margin_curves(scores, steps))
+    rows = rows_of(plots_pairs.plot_margin_curves(scores, steps))
     assert [(row["step"], row["margin"], row["share"]) for row in rows] == [
         (1, 1.0, 0.3333), (1, 1.0, 0.6667), (1, 4.0, 1.0), (2, -9.0, 0.5), (2, -3.0, 1.0),
     ]  # fmt: skip
@@ -116,8 +121,8 @@ def test_margin_curves_of_many_pairs_stay_small_and_reach_1(scores):
     many = pl.concat(
         [scores.head(1).with_columns(pair_id=pl.lit(str(i)), chosen_logp=pl.lit(-float(i))) for i in range(999)]
     )
-    rows = rows_of(plots.plot_margin_curves(many, many.select("pair_id", step=pl.lit(1))))
-    assert len(rows) == plots.QUANTILES
+    rows = rows_of(plots_pairs.plot_margin_curves(many, many.select("pair_id", step=pl.lit(1))))
+    assert len(rows) == plots_pairs.QUANTILES
     assert rows[-1] == {"step": 1, "margin": 11.0, "share": 1.0}  # largest: -0 + 11
     assert [row["share"] for row in rows] == sorted(row["share"] for row in rows)
 
@@ -126,19 +131,19 @@ def test_length_confound_by_hand_and_sampled(scores):
     # chosen minus rejected tokens: a 2, b 1, c -1, d 7, e -3
     mine = {"step": pl.lit(1), "definition": pl.lit("mine")}
     partition = scores.select("pair_id", "source", difficulty=-pl.col("chosen_logp"), **mine)
-    chart = plots.plot_length_confound(scores, partition)
+    chart = plots_pairs.plot_length_confound(scores, partition)
     assert {row["pair_id"]: row["tokens"] for row in rows_of(chart)} == {"a": 2, "b": 1, "c": -1, "d": 7, "e": -3}
     assert "mine" in chart.to_dict()["encoding"]["y"]["title"]
     many = pl.concat([scores.with_columns(pair_id=pl.col("pair_id") + str(i)) for i in range(canvas.MOST_POINTS // 4)])
     parts = many.select("pair_id", "source", difficulty=pl.lit(1.0), **mine)
-    sampled = plots.plot_length_confound(many, parts)
+    sampled = plots_pairs.plot_length_confound(many, parts)
     assert len(rows_of(sampled)) == canvas.MOST_POINTS
     assert "2,000 of 2,500 pairs" in sampled.to_dict()["title"]["subtitle"]
 
 
-def test_every_figure_has_title_units_tooltip_and_more_than_colour(evidence):
-    drawings = [block for section in write_sections(evidence) for block in section.blocks if block.kind == "drawing"]
-    drawn = [name for module in (plots, plots_chain) for name in vars(module) if name.startswith("plot_")]
+def test_every_figure_has_title_units_tooltip_and_more_than_colour(core):
+    drawings = [block for section in write_sections(core) for block in section.blocks if block.kind == "drawing"]
+    drawn = [name for module in (plots, plots_pairs, plots_chain) for name in vars(module) if name.startswith("plot_")]
     assert sorted(f"plot_{drawing.name}" for drawing in drawings) == sorted(drawn)
     for drawing in drawings:
         spec = drawing.draw().to_dict()  # validates it
@@ -178,14 +183,14 @@ def test_models_stand_among_the_papers(evidence):
 def test_difficulties_by_source_and_step_by_hand():
     # 0, 1, 2, 3, 4: quantiles at 0.05 * 4 = 0.2, 1, 2, 3, 3.8
     part = pl.DataFrame({"source": "s", "step": 1, "difficulty": [4.0, 0.0, 3.0, 1.0, 2.0], "definition": "mine"})
-    row = rows_of(plots.plot_difficulties(part, "nats"))[0]
+    row = rows_of(plots_pairs.plot_difficulties(part, "nats"))[0]
     assert [row[name] for name in ("q05", "q25", "median", "q75", "q95", "pairs")] == [0.2, 1.0, 2.0, 3.0, 3.8, 5]
 
 
 def test_definitions_agree_with_themselves_and_a_missing_number_leaves_a_gap():
     table = pl.DataFrame({"definition": ["a", "b"], "length_rho": [0.5, None], "a": [1.0, -0.25], "b": [-0.25, 1.0],
                           "tau_pairs": [9, 9]})  # fmt: skip
-    rows = {(row["definition"], row["against"]): row["said"] for row in rows_of(plots.plot_definitions(table))}
+    rows = {(row["definition"], row["against"]): row["said"] for row in rows_of(plots_pairs.plot_definitions(table))}
     assert rows == {
         ("a", "a"): "+1.00", ("b", "b"): "+1.00", ("a", "b"): "−0.25", ("b", "a"): "−0.25",
         ("a", "how much longer chosen is"): "+0.50",

@@ -18,8 +18,9 @@ from markdown_it import MarkdownIt
 
 import sdpo_eval
 from sdpo_data.run import Run
-from sdpo_data.tables import ITEMS, METRICS, PAIRS, RESULTS, SCORES, STEPS, SdpoError
+from sdpo_data.tables import DOCUMENTS, ITEMS, METRICS, PAIRS, RESULTS, SCORES, STEPS, SdpoError
 from sdpo_eval.blocks import Estimate, write_number
+from sdpo_eval.chain import CURVES, FAMILIES, LOGGED
 from sdpo_eval.changes import find_changes
 from sdpo_eval.contrasts import Side
 from sdpo_eval.evidence import comparable_results, last_metrics, read_evidence
@@ -30,8 +31,10 @@ from sdpo_eval.report import Report, is_current, main
 from sdpo_eval.sections import _floor, list_commands
 
 OF_PAIRS = {"difficulties", "margin_curves", "length_confound", "definitions"}
-OF_TRAINING = {"loss", "reward_margins", "reference_margins", "weights", "held_out", "displacement"}
-FIGURES = {"h4", "tasks", "paper_scale", "items", "contrasts", "findings"} | OF_PAIRS | OF_TRAINING
+OF_TRAINING = {"loss", "gradient_norms", "reward_margins", "reward_accuracies", "reference_margins", "weights"}
+OF_TRAINING |= {"held_out", "displacement"}
+OF_ANSWERS = {"h4", "tasks", "paper_scale", "items", "contrasts"}
+FIGURES = {"findings"} | OF_ANSWERS | OF_PAIRS | OF_TRAINING
 HOSTILE = (
     "</script><script>document.documentElement.dataset.hacked = 1</script>"
     '<img src=x onerror="document.documentElement.dataset.hacked = 1"> {{ 7*7 }} {% raw %} | a ``` b _c_ **d**'
@@ -186,24 +189,72 @@ def test_verdict_on_a_difference_by_its_interval(own_run):
     assert "These verdicts are on these checkpoints, not on the methods" in said(own_run)
 
 
+EACH = "each step started from"
+NEITHER = "not a chain: a step starts from, or is held to, weights that its chain did not write"
+
+
 @pytest.mark.real
 @pytest.mark.parametrize(
-    ("broken", "words"),
+    ("changed", "declared", "words"),
     [
-        ({}, "each step started from, and was held to, the very weights that the step before wrote"),
-        ({"reference_key": "f0" * 16}, "not a chain"),
-        ({"start_key": "f0" * 16, "reference_key": "f0" * 16}, "not a chain"),
+        ({}, {}, f"{EACH}, and was held to, the very weights that the step before wrote"),
+        ({"reference_key": "S"}, {}, f"{EACH} the step before and was held to S"),  # sdpo_fixed
+        ({"start_key": "S"}, {}, f"{EACH} S and was held to the step before"),  # target_from_s
+        ({"reference_key": "f0" * 16}, {}, NEITHER),
+        ({"start_key": "f0" * 16, "reference_key": "f0" * 16}, {}, NEITHER),
+        ({}, {"reference": "S"}, "the reference of step 2 does not have the weights that its arm declares"),
+        ({"start_key": "S"}, {"start": "M1"}, "the start of step 2 does not have the weights that its arm declares"),
     ],
 )
-def test_the_hand_off_is_judged_by_the_weights(own_run, broken, words):
+def test_the_hand_off_is_judged_by_the_weights_and_by_what_the_arm_declares(own_run, changed, declared, words):
+    keys = {"S": KEYS["base", 0], "M1": KEYS["sdpo", 1]}
     path = own_run / "arms/sdpo/seed_0/steps.parquet"
-    steps = pl.read_parquet(path)
     late = pl.col("step") == 2
-    steps = steps.with_columns(
-        **{name: pl.when(late).then(pl.lit(key)).otherwise(name) for name, key in broken.items()}
-    )
-    write(path, steps, STEPS)
+    own = {name: pl.when(late).then(pl.lit(keys.get(key, key))).otherwise(name) for name, key in changed.items()}
+    write(path, pl.read_parquet(path).with_columns(**own), STEPS)
+    lineage = json.loads((own_run / "lineage.json").read_text())
+    lineage["arms/sdpo/seed_0/step_2"]["recipe"] |= {name: keys[key] for name, key in declared.items()}
+    (own_run / "lineage.json").write_text(json.dumps(lineage))
+    report = Report(own_run)
     assert f"sdpo, seed 0: {words}" in said(own_run)
+    loud = any(text.startswith("sdpo, seed 0:") for text in report.warnings)
+    assert loud == (words == NEITHER or "declares" in words)
+    off = [row["off_log_2"] for row in json.loads(report.json())["tables"]["chain"]["hand_off"]["rows"]]
+    assert (off[2] is None) == (len(changed) == 1)  # only what starts from its reference starts at log 2
+
+
+def test_the_arms_are_told_by_what_they_did(tmp_path):
+    run = make_run(tmp_path / "run", core=True)
+    lineage = json.loads((run / "lineage.json").read_text())
+    lineage["arms/dpo/seed_0/step_1"]["recipe"] |= {"beta": 0.05}
+    (run / "lineage.json").write_text(json.dumps(lineage))
+    report = Report(run)
+    arms = {row["arm"]: row for row in json.loads(report.json())["tables"]["h4"]["arms"]["rows"]}
+    assert list(arms) == ["sdpo", "dpo", "random", "random_fixed", "sdpo_fixed"]
+    assert [arms["sdpo_fixed"][name] for name in ("order", "starts_from", "held_to")] == [
+        "the parts, easiest first", "the step before", "S",
+    ]  # fmt: skip
+    assert arms["sdpo_fixed"]["differs_from_sdpo_in"] == "held to"
+    assert arms["random_fixed"]["differs_from_sdpo_in"] == "order, held to"
+    assert arms["dpo"]["differs_from_sdpo_in"] == "order, starts from, held to, steps, updates, beta"
+    assert (arms["sdpo"]["beta"], arms["dpo"]["beta"]) == ("0.1", "0.05")
+    assert "learning_rate" not in arms["dpo"]  # which no arm has of its own
+    tokens = pl.read_parquet(run / "arms/dpo/seed_0/steps.parquet")["tokens"][0]
+    assert (arms["dpo"]["pairs"], arms["dpo"]["tokens"], arms["dpo"]["updates"]) == (160, tokens, 8)
+    assert any(text.startswith("The arms are not equal in updates (8 to 16)") for text in report.warnings)
+    assert report.table("factorial")["effect_of"].to_list() == ["order", "reference", "interaction"]
+    assert 'id="figure-factorial"' in report.html()
+    assert "The core factorial, points of H4: order (easy to hard − random)" in said(run)
+
+
+def test_log_2_is_drawn_and_told_of_the_sigmoid_loss_alone(own_run):
+    assert "log 2 = 0.6931" in Report(own_run).html()
+    lineage = json.loads((own_run / "lineage.json").read_text())
+    lineage["arms/sdpo/seed_0/step_1"]["recipe"] |= {"loss": ["ipo"]}
+    (own_run / "lineage.json").write_text(json.dumps(lineage))
+    report = Report(own_run)
+    assert "log 2 = 0.6931" not in report.html()
+    assert "off_log_2" not in report.table("hand_off").columns
 
 
 def said(run: Path) -> str:
@@ -245,14 +296,100 @@ def test_what_a_pass_costs_by_hand(scores):
     assert [(row["tokens"], str(row["times_the_floor"])) for row in rows] == [(130, "1.67"), (85, "1.09"), (78, "1.00")]
 
 
+def test_the_time_of_scoring_and_of_updates_is_set_against_the_floor(own_run, scores):
+    # 85 tokens a pass, 78 with a and b asking the same: see above. Scored in 2 s: 42.5 and 39 a second. Trained on for
+    # two epochs, 170 tokens of at least 156, in 5 s: 34 and 31.2 a second.
+    both = scores.with_columns(prompt_id=pl.when(pl.col("pair_id") == "a").then(pl.lit("q2")).otherwise("prompt_id"))
+    write(own_run / "scores.parquet", both, SCORES)
+    write(own_run / "arms/dpo/seed_0/step_1/reference_scores.parquet", both, SCORES)
+    steps = pl.read_parquet(own_run / "arms/dpo/seed_0/steps.parquet")
+    write(own_run / "arms/dpo/seed_0/steps.parquet", steps.with_columns(tokens=pl.lit(170, pl.Int64)), STEPS)
+    logged = pl.read_parquet(own_run / "arms/dpo/seed_0/step_1/metrics.parquet")
+    took = pl.when(pl.col("name") == "cost/train_seconds").then(5.0).otherwise("value")
+    write(own_run / "arms/dpo/seed_0/step_1/metrics.parquet", logged.with_columns(value=took), METRICS)
+    lineage = json.loads((own_run / "lineage.json").read_text())
+    lineage["scores"]["seconds"] = 2.0
+    (own_run / "lineage.json").write_text(json.dumps(lineage))
+    cost = json.loads(Report(own_run).json())["tables"]["cost"]
+    rows = {row["what"]: row for row in cost["speed"]["rows"]}
+    told = ("pairs", "seconds", "tokens", "tokens_per_second", "floor_tokens", "floor_tokens_per_second")
+    assert [rows["scoring all pairs"][name] for name in told] == [5, 2.0, 85, 42, 78, 39]
+    assert [rows["updates of dpo/0/1"][name] for name in told] == [5, 5.0, 170, 34, 156, 31]
+    assert rows["updates of dpo/0/1"]["times_the_floor"]["value"] == pytest.approx(85 / 78)
+    phases = {(row["arm"], row["step"]): row for row in cost["phases"]["rows"]}
+    assert phases["sdpo", 2] == {"arm": "sdpo", "seed": 0, "step": 2, "reference": 30, "train": 160, "diagnose": 24} | {
+        "peak_memory": 2525
+    }
+
+
+def test_what_limits_the_data_and_what_is_not_pinned_is_said_loudly(own_run):
+    lineage = json.loads((own_run / "lineage.json").read_text())
+    limits = {"caps": {"piqa": 1200, "alpaca-eval": 30}, "weights": {"piqa": 3.0, "alpaca-eval": 1.0}}
+    lineage["pairs"]["recipe"] = {"limit": None, "source": ["org/pairs:train", "embedded:piqa"]} | limits
+    (own_run / "lineage.json").write_text(json.dumps(lineage))
+    (own_run / "config.yaml").write_text("model: org/model\nscore:\n  against: other/strong\n")
+    loud = Report(own_run).warnings
+    assert "Limited data: at most 1,200 of piqa, 30 of alpaca-eval were taken (pairs.caps)." in loud
+    assert any(text.endswith("(pairs.weights): piqa 3, alpaca-eval 1.") for text in loud)
+    unpinned = [text.split()[1] for text in loud if text.startswith("Unpinned: ")]
+    assert unpinned == ["org/model", "other/strong", "org/pairs:train"]
+
+
+def test_a_report_is_out_of_date_when_the_questions_change(own_run):
+    write(own_run / "questions/mmlu.parquet", pl.read_parquet(own_run / "documents.parquet"), DOCUMENTS)
+    Report(own_run).save()
+    assert is_current(Run(own_run))
+    write(own_run / "questions/mmlu.parquet", pl.read_parquet(own_run / "documents.parquet").head(3), DOCUMENTS)
+    assert not is_current(Run(own_run))
+
+
 def test_what_training_logged_is_told_with_its_standard_error(run):
+    # KL: answers with log ratios 0.5 and 1 against the reference, twice that against S in step 2: k1 is their mean,
+    # its error s / sqrt(2) = 0.5 / 2. The margin change is the mean of 1.5 + 2 (chosen tokens mod 7) nats.
     tables = json.loads(Report(run).json())["tables"]["chain"]
+    logged = pl.read_parquet(run / "arms/sdpo/seed_0/step_2/metrics.parquet")
+    value = dict(logged.sort("update").select("name", "value").rows())
     rows = {(row["arm"], row["step"]): row for row in tables["diagnostics"]["rows"]}
-    assert rows["sdpo", 2]["margin_ref_after"] == {"value": -1.0, "stderr": 1.5, "n": None}  # -3 + step
-    assert rows["sdpo", 2]["margin_ref_before"] == {"value": -7.0, "stderr": None, "n": None}
-    told = tables["logged_forgetting"]["rows"][2]
-    assert (told["arm"], told["step"], told["what"]) == ("sdpo", 2, "part_1/margin_change")
-    assert told["value"]["value"] == 0.5
+    for name in ("margin_ref_before", "margin_ref_after", "margin_change"):
+        told = {"value": value[name], "stderr": value[f"{name}/stderr"], "n": None}
+        assert rows["sdpo", 2][name] == told
+    assert 1.5 <= value["margin_change"] <= 13.5
+    assert rows["sdpo", 2]["pairs"] == 80
+    rows = {(row["arm"], row["step"]): row for row in tables["divergence"]["rows"]}
+    assert rows["sdpo", 2]["kl_ref/k1"] == {"value": 0.75, "stderr": pytest.approx(0.25), "n": 2}
+    assert rows["sdpo", 2]["kl_base/k1"] == {"value": 1.5, "stderr": pytest.approx(0.5), "n": 2}
+    assert rows["dpo", 1]["log_ratio_ref/chosen"]["value"] < 0
+    assert tables["rewards"]["rows"][2]["step_rewards/chosen"]["value"] == pytest.approx(-0.05)  # beta 0.1 times -0.5
+    told = {row["what"]: row for row in tables["logged_forgetting"]["rows"]}
+    assert told["part_1/margin_change"]["value"]["value"] == pytest.approx(value["forgetting/part_1/margin_change"])
+
+
+def test_every_metric_that_training_logs_is_shown_or_known_to_be_left_out(run):
+    # made_run takes the names from the functions that training calls
+    logged = {name.removesuffix("/stderr") for name in read_evidence(Run(run)).metrics["name"].unique()}
+    shown = {name for _, units in LOGGED.values() for name in units} | set(CURVES)
+    parts = {"weight", "cost", *FAMILIES}
+    counted = {"kl_ref/samples", "kl_base/samples"}  # the n of others
+    left_out = {"rewards/chosen", "rewards/rejected", "learning_rate", "logps/chosen", "logps/rejected", "num_tokens"}
+    left_out |= {"mean_token_accuracy"}  # TRL's of one update's pairs; step_rewards has the rewards of all of them
+    rest = {name for name in logged - shown - counted - left_out if name.partition("/")[0] not in parts}
+    assert rest == set()
+    assert shown <= logged
+
+
+def test_a_contaminated_reference_is_an_alarm(own_run):
+    assert "Contaminated reference?" not in said(own_run)
+    path = own_run / "arms/sdpo/seed_0/step_2/metrics.parquet"
+    alarm = pl.DataFrame([("sdpo", 0, 2, 0, "alarm/contaminated_reference", 1.0)], METRICS, orient="row")
+    pl.concat([pl.read_parquet(path), alarm]).write_parquet(path)
+    report = Report(own_run)
+    scores = pl.read_parquet(own_run / "arms/sdpo/seed_0/step_2/reference_scores.parquet")
+    gamma = write_number(scores.select((pl.col("chosen_logp") - pl.col("rejected_logp")).mean()).item())
+    loud = [text for text in report.warnings if text.startswith("Contaminated reference?")]
+    assert len(loud) == 1
+    assert "The reference of sdpo step 2 (seed 0) looks as if it had been trained on" in loud[0]
+    assert f"prefers by {gamma} nats" in loud[0]
+    assert "take another reference" in loud[0]
 
 
 def test_the_last_value_of_a_metric_counts():
@@ -323,19 +460,33 @@ def test_two_runs_make_one_report_that_sets_the_first_against_the_second(own_run
     assert told["tables"]["differences"]["settings"]["rows"] == [
         {"setting": "partition.parts", "run": "2", "other": "3"}
     ]
+    data = told["tables"]["data"]
+    assert data["dropped_1"]["rows"] == data["dropped_2"]["rows"]
+    assert {"sources_1", "sources_2", "contamination_2"} <= set(data)
+    assert {"difficulty_1", "difficulty_2", "parts_judged_1", "parts_judged_2"} <= set(told["tables"]["difficulty"])
+    ids = re.findall(r' id="([^"]+)"', report.html())
+    assert {"figure-difficulties_1", "figure-difficulties_2", "table-made_with_2"} <= set(ids)
+    assert len(ids) == len(set(ids))
     assert report.save() == own_run / "comparison.html"
     assert is_current(Run(own_run), Run(other))
     pl.read_parquet(other / "results.parquet").head(3).write_parquet(other / "results.parquet")
     assert not is_current(Run(own_run), Run(other))
 
 
+def test_data_that_two_runs_share_is_told_once(own_run, tmp_path):
+    other = shutil.copytree(own_run, tmp_path / "other")
+    report = Report(own_run, other)
+    assert "The same pairs, parts and scores as run." in report.markdown()
+    assert "difficulty_2" not in json.loads(report.json())["tables"]["difficulty"]
+
+
 # --- what is not there ----------------------------------------------------------------------
 
 LADDER = [
-    (["results.parquet", "items"], "python -m sdpo_eval {run}", FIGURES - {"h4", "tasks", "paper_scale", "items"}),
-    (["arms", "held_out_scores"], "python -m sdpo_train {run}", OF_PAIRS),
-    (["scores.parquet"], None, {"difficulties"}),
-    (["partition.parquet"], "python -m sdpo_data.partition {run}", set()),
+    (["results.parquet", "items"], "python -m sdpo_eval {run}", FIGURES - OF_ANSWERS),
+    (["arms", "held_out_scores"], "python -m sdpo_train {run}", OF_PAIRS | {"findings"}),
+    (["scores.parquet"], None, {"difficulties", "findings"}),
+    (["partition.parquet"], "python -m sdpo_data.partition {run}", {"findings"}),
     (["pairs.parquet", "held_out.parquet", "dropped.parquet"], "python -m sdpo_data.pairs {run}", set()),
     (["config.yaml", "lineage.json"], "python -m sdpo_data.pairs {run}", set()),
 ]

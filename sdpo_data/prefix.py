@@ -338,7 +338,7 @@ def _identity(model: "PreTrainedModel") -> str:
 
 
 def _weights_hash(model: "PreTrainedModel") -> str:
-    """Hash SLICE numbers from the middle of every weight, to tell a model from another of its config in milliseconds."""
+    """Hash SLICE numbers from the middle of every weight: milliseconds that tell models of one config apart."""
     import torch
 
     slices: dict[torch.device, list[torch.Tensor]] = {}

@@ -310,6 +310,7 @@ def test_the_command_writes_the_noise_of_a_coarse_dtype(tiny_model, pair_file, t
     args = ("--pairs.source", pair_file, "--model", tiny_model, "--pairs.hold-out", "0")
     code, out, err = run_command("sdpo_data.score", run, *args, "--dtype", "bfloat16")
     assert (code, "reward_accuracy" in out) == (0, True), err
+    assert "noise of bfloat16: 95 % of re-scored pairs move less than the band" in out
     assert pl.read_parquet(run / "noise.parquet")["dtype"].unique().to_list() == ["float32"]
     assert "8 pairs: 0 answers from the store, 16 computed" in err
     assert "of the floor" in err

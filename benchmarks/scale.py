@@ -75,7 +75,7 @@ def some_pairs(first: int, count: int) -> pl.DataFrame:
     words = draw.integers(0, WORDS, (count, 34)).astype(str)
     lengths = draw.integers(4, 12, (count, 2))
     numbers = [str(number) for number in range(first, first + count)]
-    columns = {
+    given = {
         "pair_id": numbers,
         "prompt_id": numbers,
         "source": ["synthetic"] * count,
@@ -83,11 +83,8 @@ def some_pairs(first: int, count: int) -> pl.DataFrame:
         "chosen": [" ".join(row[12 : 12 + n]) for row, n in zip(words, lengths[:, 0], strict=True)],
         "rejected": [" ".join(row[23 : 23 + n]) for row, n in zip(words, lengths[:, 1], strict=True)],
         "format": [TEXT] * count,
-        "system": [None] * count,
-        "rating_chosen": [None] * count,
-        "rating_rejected": [None] * count,
     }
-    return pl.DataFrame(columns, PAIRS)
+    return pl.DataFrame(given | {name: [None] * count for name in PAIRS if name not in given}, PAIRS)
 
 
 def tiny_model():

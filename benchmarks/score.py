@@ -191,7 +191,7 @@ def dense_rate(model, requests: Sequence[Request], share: float) -> float:
     rates = []
     with torch.inference_mode():
         for length in {min(256, longest), min(512, longest)}:
-            ids = torch.randint(0, 1000, (1, length), device=model.device)
+            ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, length), device=model.device)
             keep = torch.arange(int(length * min(1.0, share)), device=model.device)
             times = []
             for _ in range(3):

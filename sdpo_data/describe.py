@@ -138,18 +138,39 @@ def noise_band(scores: pl.DataFrame, rescored: pl.DataFrame, definition: str) ->
         raise SdpoError(f"Re-scored pairs are not of the same scores ({why}). Score again with --force.")
     before = scores.join(again.select("pair_id"), on="pair_id", how="semi").sort("pair_id")
     difficulty = difficulty_named(definition)
-    moved = (difficulty.measure(before) - difficulty.measure(again.select(scores.columns))).abs()
+    moved = (difficulty.measure(before) - difficulty.measure(again.select(rescored.columns))).abs()
     band = moved.quantile(0.95, "linear")
     assert band is not None
     return band, moved.len()
 
 
-def print_report(scores: pl.DataFrame, definition: str | None = None) -> None:
+def describe_noise(scores: pl.DataFrame, rescored: pl.DataFrame) -> pl.DataFrame:
+    """Give the noise band of every definition that these scores allow: see `noise_band`.
+
+    Returns:
+        definition, unit, band, rescored (pairs behind it), near_median and share: how many of all
+        pairs are within the band of the median, the edge of two equal steps, and could as well be
+        on its other side.
+
+    Raises:
+        SdpoError: they have no pair in common, or are of different models.
+    """
+    rows = []
+    for name, difficulty in _measurable(scores, None):
+        band, n = noise_band(scores, rescored, name)
+        near = int(((difficulty - difficulty.median()).abs() <= band).sum())
+        rows.append((name, difficulty_named(name).unit, band, n, near, near / scores.height))
+    columns = ("definition", "unit", "band", "rescored", "near_median", "share")
+    return pl.DataFrame(rows, columns, orient="row")
+
+
+def print_report(scores: pl.DataFrame, definition: str | None = None, rescored: pl.DataFrame | None = None) -> None:
     """Print what the scores say of each source, which order of sources may be chance, and how definitions agree.
 
     Args:
         scores: SCORES frame.
         definition: the one in use, when it may be an expression.
+        rescored: SCORES of some of its pairs in float32, the content of noise.parquet: their noise is told too.
     """
     described = describe_scores(scores)
     interval = "{:.3f} [{:.3f}, {:.3f}]".format
@@ -172,6 +193,10 @@ def print_report(scores: pl.DataFrame, definition: str | None = None) -> None:
     )
     if scores.height > TAU_PAIRS:
         say(f"tau on a seeded sample of {TAU_PAIRS:,} of {scores.height:,} pairs")
+    if rescored is not None:
+        dtype = " and ".join(sorted(scores["dtype"].unique()))
+        title = f"noise of {dtype}: 95 % of re-scored pairs move less than the band; pairs within it of the median"
+        print_table(describe_noise(scores, rescored), title)
 
 
 def _measurable(scores: pl.DataFrame, extra: str | None) -> Iterator[tuple[str, pl.Series]]:

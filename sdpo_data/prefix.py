@@ -38,6 +38,11 @@ ROW_TOKENS = {"cpu": 512, "cuda": 8192}  # of a forward pass: beyond 512, dense 
 TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.05, "float16": 0.01}  # nats a token, at the probe
 FLEX = ("cuda",)  # devices on which FlexAttention is tried; dense masks in short rows elsewhere
 PROBE = 24  # tokens of the smallest probe
+SLICE = 4  # numbers of each weight that tell it from another model's
+WINDOWS = {  # settings that name one, tokens -> the kind of layer it is for
+    "sliding_window": "sliding_attention",
+    "attention_chunk_size": "chunked_attention",
+}
 UNREADABLE = (
     TypeError,
     ValueError,
@@ -57,7 +62,7 @@ class Completion:
 
 @dataclass(frozen=True)
 class Reading:
-    """How a model can be read; measured once for every config, dtype and device."""
+    """How a model can be read; measured once for every config, weights, dtype and device."""
 
     packed_length: int
     """Longest sequence that gets in a tree what it gets alone, tokens; 0 if none does."""
@@ -305,7 +310,8 @@ def read_model(model: "PreTrainedModel", length: int = PROBE) -> Reading:
 
     A probe of random tokens is computed as a tree cut into rows, and as plain sequences. The tree is
     right where it differs no more than TOLERANCE, or than three times what a plain forward differs
-    from itself when it is padded. Beyond the length where it is not, shorter ones are tried.
+    from itself when it is padded. Beyond the length where it is not, shorter ones are tried. What is
+    beyond a window that the config names is not tried: weights may hide there what others show.
     """
     name = _identity(model)
     memo = cache_folder() / "readings" / f"{name}.json"
@@ -320,14 +326,28 @@ def read_model(model: "PreTrainedModel", length: int = PROBE) -> Reading:
 
 
 def _identity(model: "PreTrainedModel") -> str:
-    """Name what a probe's result depends on: architecture, dtype, device, the libraries; not the weights."""
+    """Name what a probe's result depends on: architecture, weights, dtype, device, tolerance, the libraries."""
     import torch
     import transformers
 
     config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
     what = [type(model).__name__, config, model.config._attn_implementation, str(model.dtype), model.device.type]
+    what += [_weights_hash(model), TOLERANCE[str(model.dtype).removeprefix("torch.")]]
     text = json.dumps([*what, torch.__version__, transformers.__version__], sort_keys=True, default=str)
     return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def _weights_hash(model: "PreTrainedModel") -> str:
+    """Hash SLICE numbers from the middle of every weight: milliseconds that tell models of one config apart."""
+    import torch
+
+    slices: dict[torch.device, list[torch.Tensor]] = {}
+    for weight in model.parameters():
+        if weight.device.type != "meta":  # those that lie in a file until their turn
+            middle = weight.detach().reshape(-1)[weight.numel() // 2 :][:SLICE]
+            slices.setdefault(weight.device, []).append(middle.float())
+    content = [torch.cat(parts).cpu().numpy().tobytes() for parts in slices.values()]  # a copy per device
+    return xxhash.xxh3_128_hexdigest(b"".join(content))
 
 
 def _probe(model: "PreTrainedModel", length: int) -> Reading:
@@ -349,11 +369,11 @@ def _probe(model: "PreTrainedModel", length: int) -> Reading:
         noise = (run_head(model, padded).log_softmax(-1) - split.log_softmax(-1)).abs().max()
         allowed = max(allowed, 3 * float(noise))
         for flex in (True, False) if model.device.type in FLEX else (False,):
-            fits, window = length, _window(model)
+            fits = min(length, _window(model))
             while fits and not all(
                 _tree_is_right(model, ids, depth, allowed, flex=flex) for depth in {min(fits, PROBE), fits}
             ):
-                fits = window if window < fits else fits // 2 if fits > PROBE // 2 else 0
+                fits = fits // 2 if fits > PROBE // 2 else 0
             if fits:
                 return Reading(fits, length, split_head=True, flex=flex)
     return Reading(0, length, split_head=True)
@@ -403,6 +423,12 @@ def _states(model: "PreTrainedModel", ids: np.ndarray) -> "torch.Tensor":
 
 
 def _window(model: "PreTrainedModel") -> int:
-    """Where to look first for the length up to which trees are right: the window that the config names."""
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    return window if isinstance(window, int) and window > 1 else 2**31
+    """Longest sequence that lies within every window the config names: a tree's mask knows of none."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    windows = [
+        getattr(config, name, None)
+        for name, kind in WINDOWS.items()
+        if kinds is None or kind in kinds  # a window that no layer uses is none
+    ]
+    return min((window for window in windows if isinstance(window, int) and window > 1), default=2**31)

@@ -196,7 +196,8 @@ def main() -> None:
     if call.run.lineage["scores"] == made:
         say(f"up to date: {call.run.path / 'scores.parquet'}")
         return
-    print_report(scores)
+    noise = (call.run.path / "noise.parquet").exists()
+    print_report(scores, rescored=check(call.run.read("noise"), SCORES, "noise.parquet") if noise else None)
 
 
 def _loaded(model: "Model", dtype: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, str]":

@@ -13,7 +13,7 @@ is read. So the folder can be copied, merged with another by copying, and used b
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -90,8 +90,7 @@ class ScoreStore:
             token_logps: only those whose tokens' log-probabilities are known too.
         """
         wanted = pl.DataFrame({"request": requests}, {"request": pl.String}).unique(maintain_order=True)
-        known = pl.concat(self._frames).sort(pl.col("token_logps").is_null(), maintain_order=True)
-        self._frames = [known.unique("request", keep="first", maintain_order=True)]  # the fuller of two rows
+        self._frames = [_each_once(self._frames)]
         found = wanted.join(self._frames[0], on="request", maintain_order="left")
         return found.filter(pl.col("token_logps").is_not_null()) if token_logps else found
 
@@ -126,11 +125,13 @@ class ScoreStore:
                 self._merge()
 
     def _merge(self) -> None:
+        known = set(self._seen)
         frames = {path: self._read_shard(path) for path in sorted(self.folder.glob("*.parquet"))}
         whole = {path: frame for path, frame in frames.items() if frame is not None}
+        self._frames += [frame for path, frame in whole.items() if path.name not in known]  # not read again by refresh
         if len(whole) < COMPACT_FROM:  # another process was here before
             return
-        merged = self._write_shard(pl.concat(whole.values()).unique("request", maintain_order=True))
+        merged = self._write_shard(_each_once(whole.values()))
         self._seen.add(merged)
         for path in whole:  # only now: readers meanwhile find a row twice, never not at all
             if path.name != merged:
@@ -154,6 +155,12 @@ class ScoreStore:
             log.warning("%s is damaged (its name is a hash of its content): its answers are not used", path)
             return None
         return pl.read_parquet(BytesIO(content)).select(list(SHARD)).cast(dict(SHARD))  # type: ignore[arg-type]
+
+
+def _each_once(frames: Iterable[pl.DataFrame]) -> pl.DataFrame:
+    """Give SHARD rows with each request once, by its fullest row."""
+    rows = pl.concat(frames).sort(pl.col("token_logps").is_null(), maintain_order=True)
+    return rows.unique("request", keep="first", maintain_order=True)
 
 
 def _parquet_or_none(path: Path) -> pl.DataFrame | None:

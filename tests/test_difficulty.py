@@ -5,6 +5,7 @@ import pytest
 
 from sdpo_data.describe import (
     describe_definitions,
+    describe_noise,
     describe_scores,
     length_correlation,
     noise_band,
@@ -295,6 +296,19 @@ def test_the_noise_band_by_hand(scores):
     assert noise_band(scores, rescored, "margin_per_token") == (pytest.approx(0.185), 4)
     assert noise_band(scores, rescored, "logp_margin") == (pytest.approx(1.14), 4)
     assert noise_band(scores, rescored, "chosen_logp - rejected_logp")[0] == pytest.approx(1.14)
+    # of the five per token the median is b's 0, the next are 1 away; of the sums a's and c's -1, the next e's, 3 away
+    table = {row["definition"]: row for row in describe_noise(scores, rescored).iter_rows(named=True)}
+    assert list(table["margin_per_token"].values())[2:] == [pytest.approx(0.185), 4, 1, 0.2]
+    assert list(table["logp_margin"].values())[2:] == [pytest.approx(1.14), 4, 2, 0.4]
+    assert "reward_accuracy" not in table  # of no single pair
+
+
+def test_the_noise_of_scores_with_token_lists_is_told_too(scores, capsys):
+    lists = {f"{side}_token_logps": pl.lit([-1.0]) for side in ("chosen", "rejected")}
+    print_report(scores.with_columns(**lists, dtype=pl.lit("bfloat16")), rescored=scores)
+    out = capsys.readouterr().out
+    assert "noise of bfloat16" in out
+    assert "near_median" in out
 
 
 def test_a_noise_band_of_other_scores_is_refused(scores):

@@ -85,6 +85,40 @@ def test_a_window_is_found_without_the_config_naming_it(monkeypatch):
     assert read_model(build("mistral"), 44).packed_length == 11
 
 
+def test_nothing_is_read_in_a_tree_past_a_window_that_the_config_names():
+    """In bfloat16 the probe alone would not see it: what random weights do past the window is below the tolerance."""
+    mistral = build("mistral").to(torch.bfloat16)
+    reading = read_model(mistral, 44)
+    assert (reading.packed_length, reading.probed) == (16, 44)
+    assert read_model(mistral, 60).probed == 44  # a deeper probe would tell nothing new
+
+
+@pytest.mark.parametrize("config, window", [
+    (transformers.Qwen2Config(**SIZES, sliding_window=16), 2**31),  # named, and not used
+    (transformers.Qwen2Config(**SIZES, sliding_window=16, use_sliding_window=True, max_window_layers=1), 16),
+    (transformers.Qwen2Config(**SIZES, sliding_window=16, use_sliding_window=True, max_window_layers=2), 2**31),
+    (transformers.Gemma2Config(**SIZES, sliding_window=16, layer_types=["full_attention"] * 2), 2**31),
+    (transformers.Llama4TextConfig(**SIZES, attention_chunk_size=32), 32),
+])  # fmt: skip
+def test_only_a_window_that_some_layer_uses_counts(config, window):
+    model = type("Model", (), {"config": config})
+    assert prefix._window(model) == window
+
+
+def test_other_weights_of_one_config_are_measured_by_themselves(monkeypatch, own_cache):
+    """Weights a thousandth of the usual ones hide a window of 16 that is not named; the usual ones show it."""
+    monkeypatch.setattr(prefix, "_window", lambda _: 2**31)
+    flat, usual = build("mistral"), build("mistral")
+    for weight in flat.parameters():
+        weight.data *= 1e-3
+    assert read_model(flat, 44).packed_length == 44
+    assert read_model(usual, 44).packed_length == 11
+    assert len(list((own_cache / "readings").iterdir())) == 2
+    monkeypatch.setattr(prefix, "_readings", {})
+    monkeypatch.setattr(prefix, "_probe", None)  # from here on a probe would fail
+    assert [read_model(model, 44).packed_length for model in (flat, usual)] == [44, 11]
+
+
 def test_a_deeper_request_is_probed_deeper_and_a_known_depth_is_not(own_cache, monkeypatch):
     model = build("llama")
     assert read_model(model, 30).probed == 30
@@ -92,7 +126,7 @@ def test_a_deeper_request_is_probed_deeper_and_a_known_depth_is_not(own_cache, m
     monkeypatch.setattr(prefix, "_probe", None)  # from here on a probe would fail
     assert read_model(model, 20).probed == 44
     monkeypatch.setattr(prefix, "_readings", {})
-    assert read_model(build("llama"), 40).probed == 44  # remembered on disk, whatever the weights
+    assert read_model(build("llama"), 40).probed == 44  # remembered on disk
     [memo] = (own_cache / "readings").iterdir()
     assert json.loads(memo.read_text()) == {
         "packed_length": 44, "probed": 44, "split_head": True, "flex": False,

@@ -135,6 +135,41 @@ def test_settings_that_change_tokens_or_numbers_are_asked_anew_and_others_are_no
     assert len(asked) == 49  # other tokens before every answer
 
 
+@pytest.mark.real
+def test_runs_that_differ_in_training_alone_share_the_scores_of_s(
+    tiny_model, pair_file, tmp_path, run_command, monkeypatch
+):
+    """Two run folders, one store; then a run with another max_length, and one with another dtype."""
+    key, asked, models = model_key(tiny_model), [], []
+
+    def counted(model, requests, *args, **kwargs):
+        models.append(model_key(model))
+        asked.extend(requests if models[-1] == key or model.dtype != torch.float32 else [])
+        return score_bin(model, requests, *args, **kwargs)
+
+    monkeypatch.setattr("sdpo_data.scorer.score_bin", counted)
+    given = ("--pairs.source", pair_file, "--pairs.hold-out", 0, "--model", tiny_model, "--parts", 2)
+    given = (*given, "--score.store", tmp_path / "store")
+    tuned = {"first": ("--learning-rate", 1e-3), "other": ("--learning-rate", 3e-3, "--seeds", 5, "--lora-rank", 2)}
+    for name, settings in tuned.items():
+        for command in (("sdpo_data.partition", tmp_path / name, *given),
+                        ("sdpo_train", tmp_path / name, "--batch-pairs", 4, "--warmup", 0, *settings)):  # fmt: skip
+            code, _, err = run_command(*command)
+            assert code == 0, err
+        assert len(asked) == 16  # both answers of 8 pairs, by the first run
+    assert len(set(models)) == 1 + 2 + 2  # S, and two steps' models of each run: those were scored
+    one, other = (pl.read_parquet(tmp_path / name / "scores.parquet") for name in tuned)
+    assert one.equals(other)
+    longest = (
+        one["prompt_tokens"] + one.select(pl.max_horizontal("chosen_tokens", "rejected_tokens")).to_series()
+    ).max()
+    shorter = ("--score.max-length", longest - 1, "--score.truncation", "cut")
+    for name, changed, computed in (("shorter", shorter, 17), ("coarse", ("--score.dtype", "bfloat16"), 33)):
+        code, _, err = run_command("sdpo_data.partition", tmp_path / name, *given, *changed)
+        assert code == 0, err
+        assert len(asked) == computed  # the one answer that was cut; all of them
+
+
 def test_a_folder_with_other_weights_under_the_old_name_is_another_model(tiny_model, pairs, asked, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(tiny_model, folder)
@@ -275,6 +310,7 @@ def test_the_command_writes_the_noise_of_a_coarse_dtype(tiny_model, pair_file, t
     args = ("--pairs.source", pair_file, "--model", tiny_model, "--pairs.hold-out", "0")
     code, out, err = run_command("sdpo_data.score", run, *args, "--dtype", "bfloat16")
     assert (code, "reward_accuracy" in out) == (0, True), err
+    assert "noise of bfloat16: 95 % of re-scored pairs move less than the band" in out
     assert pl.read_parquet(run / "noise.parquet")["dtype"].unique().to_list() == ["float32"]
     assert "8 pairs: 0 answers from the store, 16 computed" in err
     assert "of the floor" in err

@@ -104,6 +104,35 @@ def test_many_small_shards_become_one_and_nothing_is_lost(store, tmp_path, monke
     ] * 3
 
 
+def test_a_merge_keeps_the_row_with_token_log_probabilities(store, tmp_path, monkeypatch):
+    """Whichever of the two names comes first: of ten answers at two shards each, both orders occur."""
+    monkeypatch.setattr("sdpo_data.store.COMPACT_FROM", 5)
+    keys = [f"r{number}" for number in range(10)]
+    for number, key in enumerate(keys):
+        store.write(rows(key, bin_=f"b{number}"))
+        store.write(rows(key, bin_=f"b{number}", tokens=[-1.0, -0.5, 0.0]))
+    store.finish()
+    assert len(list(store.folder.glob("*.parquet"))) == 1
+    assert ScoreStore(tmp_path / "store", "key", "float32").find(keys, token_logps=True).height == 10
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_only_a_merge_has_read_is_found_too(store, tmp_path, monkeypatch, damaged):
+    """Also where it finds too little that is whole, and leaves it as it is."""
+    monkeypatch.setattr("sdpo_data.store.COMPACT_FROM", 3)
+    if damaged:
+        (store.folder / f"{'0' * 32}.parquet").write_bytes(b"nothing")
+        monkeypatch.setattr("sdpo_data.store.COMPACT_FROM", 4)
+    other = ScoreStore(tmp_path / "store", "key", "float32")
+    other.write(rows("a"))
+    other.write(rows("b", bin_="c"))
+    store.write(rows("c", bin_="d"))
+    store.finish()
+    assert len(list(store.folder.glob("*.parquet"))) == (4 if damaged else 1)
+    store.refresh()
+    assert store.find(["a", "b", "c"]).height == 3
+
+
 def test_bins_begun_are_there_until_all_their_answers_are(store):
     store.begin(pl.concat([plan("x", "a", "b"), plan("y", "c")]))
     store.write(rows("a", "b", bin_="x"))

@@ -221,7 +221,9 @@ class Run:
 
     def _collect(self, pattern: str, schema: pl.Schema) -> pl.DataFrame:
         files = sorted(self.path.glob(pattern))
-        return pl.concat([_read_parquet(file) for file in files]) if files else schema.to_frame()
+        frames = map(_read_parquet, files)  # what a file holds beyond the schema is for those who wrote it
+        known = [frame.select([name for name in schema if name in frame.columns]) for frame in frames]
+        return pl.concat(known) if files else schema.to_frame()
 
     def _identity(self, recipe: dict[str, Any], inputs: Sequence[str]) -> tuple[dict[str, Any], dict[str, str]]:
         """Give a recipe as lineage.json holds it, and the sha256 of the inputs."""

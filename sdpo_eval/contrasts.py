@@ -50,7 +50,7 @@ CONTRASTS = pl.Schema(
         "n_for_1_point": pl.Int64,  # questions that tell 1 point with 80 % power; checkpoints only
         "only_first": pl.Int64,  # questions that only the first gets right
         "only_second": pl.Int64,
-        "p_mcnemar": pl.Float64,  # where a task's score is a plain share of right answers
+        "p_mcnemar": pl.Float64,  # where a task's score is a plain share of right answers to independent questions
     }
 )
 METRICS = {
@@ -316,5 +316,6 @@ def _counts(asked: list[pl.DataFrame]) -> dict[str, Any]:
     up, down = (
         right.filter(pl.col("first_correct") * sign > pl.col("second_correct") * sign).height for sign in (1, -1)
     )
-    plain = len(asked) == 1 and right["subject"].n_unique() == 1
+    alone = right["cluster"].n_unique() == right.height  # McNemar's test takes questions as independent draws
+    plain = len(asked) == 1 and right["subject"].n_unique() == 1 and alone
     return {"only_first": up, "only_second": down, "p_mcnemar": mcnemar(up, down) if plain else None}

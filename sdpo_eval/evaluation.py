@@ -20,6 +20,7 @@ from sdpo_eval.answers import answer_requests, opened, reading_length
 from sdpo_eval.clean import Clean, read_clean
 from sdpo_eval.others import evaluate_other, other_results
 from sdpo_eval.plan import (
+    ANSWERS,
     Candidate,
     EvalConfig,
     Plan,
@@ -48,8 +49,8 @@ def evaluate(
 ) -> pl.DataFrame:
     """Evaluate models on H4's tasks, all of them on the same items.
 
-    What `out` holds is not evaluated again: answers are kept by weights, protocol and item, and
-    written every minute, so that a killed run goes on where it stopped and equal weights in
+    What `out` holds is not evaluated again: answers are kept by weights, tokenizer, protocol and item,
+    and written every minute, so that a killed run goes on where it stopped and equal weights in
     several arms are evaluated once.
 
     Args:
@@ -67,7 +68,7 @@ def evaluate(
 
     Raises:
         SdpoError: a model, a file or a setting is not what it must be; `out` holds items of other
-            weights or another protocol under the same name; a question is longer than a model reads.
+            weights, another tokenizer or protocol under the same name; a question is longer than a model reads.
     """
     config = config or EvalConfig()
     if out is None:
@@ -81,7 +82,7 @@ def carry_out(plan: Plan) -> pl.DataFrame:
 
     Processes of `accelerate launch` share the forward passes; the main one alone reads and writes the run.
     """
-    known, first = workers.from_main(lambda: ITEMS.to_frame() if plan.force else plan.run.items), True
+    known, first = workers.from_main(lambda: ANSWERS.to_frame() if plan.force else plan.read_answers()), True
     plan.keep_texts(list_documents(plan.questions.values(), every=True))
     for candidate in plan.candidates:
         with opened(candidate, plan) as engine:
@@ -170,7 +171,7 @@ def _evaluate_task(
     if finished or (missing and asked.documents is None):
         return known
     rows = same.unique("item_id", keep="first", maintain_order=True).with_columns(
-        pl.lit(value, ITEMS[name]).alias(name) for name, value in own.items()
+        pl.lit(value, ANSWERS[name]).alias(name) for name, value in own.items()
     )
     constant = {**own, **recipe, "task": asked.task.name}
     with workers.main_stage(plan.run, unit, recipe, force=True) as stage:  # the plan has refused another recipe
@@ -181,7 +182,7 @@ def _evaluate_task(
             )
             for answers in parts:
                 new = [constant | answer | {"cluster": asked.cluster(answer["item_id"])} for answer in answers]
-                rows = rows.vstack(pl.DataFrame(new, ITEMS))
+                rows = rows.vstack(pl.DataFrame(new, ANSWERS))
                 plan.keep(stage, unit, rows)
         if not missing:
             plan.keep(stage, unit, rows)

@@ -16,10 +16,10 @@ from sdpo_data import workers
 from sdpo_data.config import Settings, merge_config
 from sdpo_data.models import model_key
 from sdpo_data.run import Run, Stage, only_kept, write_atomically
-from sdpo_data.tables import DOCUMENTS, STEPS, UNIT, SdpoError, check
+from sdpo_data.tables import DOCUMENTS, ITEMS, STEPS, UNIT, SdpoError, check
 from sdpo_eval import h4
 from sdpo_eval.documents import document_text, fingerprint, load_documents
-from sdpo_eval.questions import Questions
+from sdpo_eval.questions import Questions, tokenizer_key, tokenizer_key_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ANSWERS = pl.Schema({**ITEMS, "tokenizer_key": pl.String})  # ITEMS as a run keeps them; null: not noted
 OTHER_TASKS = {"full": None, "standard": 2000, "small": 200, "tiny": 50}  # first documents of a task beside H4
 
 
@@ -89,6 +90,8 @@ class Candidate:
     step: int
     model: "Model"
     model_key: str
+    tokenizer_key: str | None
+    """None: out of reach, so that nothing can be asked; what was answered stands."""
 
     def unit(self, task: str) -> str:
         return f"items/{self.arm}-{self.seed}-{self.step}-{task}"
@@ -121,6 +124,24 @@ class Plan:
             if workers.is_main() and not path.exists():
                 write_atomically(path, own.write_parquet)
 
+    @property
+    def base_tokenizer(self) -> str | None:
+        """The tokenizer that a run's steps have, as copies of the base model's; None where models are not one run's."""
+        return self.candidates[0].tokenizer_key if self.chain else None
+
+    def read_answers(self) -> pl.DataFrame:
+        """Read what the run holds: an ANSWERS frame.
+
+        Answers from before tokenizers were noted are taken for those of the tokenizer that their model has
+        now; of a model that is not asked, for those of the base model's.
+        """
+        answers = read_answers(self.run)
+        if count := answers.filter(pl.col("task").is_in(list(self.questions)))["tokenizer_key"].null_count():
+            log.info("%d answers name no tokenizer: taken for those of the tokenizers the models have now.", count)
+        known = {f"{one.arm}/{one.seed}/{one.step}": one.tokenizer_key for one in self.candidates}
+        theirs = pl.format("{}/{}/{}", *UNIT).replace_strict(known, default=self.base_tokenizer, return_dtype=pl.String)
+        return answers.with_columns(pl.col("tokenizer_key").fill_null(theirs))
+
     def save_settings(self) -> None:
         first, model = self.candidates[0], {}
         if first.arm == "base" and not isinstance(first.model, tuple) and self.run.steps.is_empty():
@@ -146,6 +167,16 @@ def plan_questions(config: EvalConfig, run: Run) -> dict[str, Questions]:
     """Choose the items of H4's tasks; a task whose documents are out of reach and unknown is not in it."""
     found = {name: _questions(h4.TASKS[name], config, run) for name in h4_tasks(config)}
     return {name: asked for name, asked in found.items() if asked}
+
+
+def read_answers(run: Run) -> pl.DataFrame:
+    """Read the items of a run, and the tokenizer they were asked with where it was noted: an ANSWERS frame."""
+    frames = [ANSWERS.to_frame()]
+    for path in sorted(run.path.glob("items/*.parquet")):
+        frame = run.read(f"items/{path.stem}")
+        noted = frame["tokenizer_key"] if "tokenizer_key" in frame.columns else pl.lit(None, pl.String)
+        frames.append(check(frame, ITEMS, str(path)).with_columns(noted.alias("tokenizer_key")))
+    return pl.concat(frames)
 
 
 def list_documents(questions: Iterable[Questions], *, every: bool = False) -> pl.DataFrame:
@@ -176,7 +207,7 @@ def describe_cost(questions: Mapping[str, Questions], size: str) -> list[str]:
 def _candidates(models: Any, run: Run, config: EvalConfig, base: "Model | None") -> list[Candidate]:
     if not isinstance(models, pl.DataFrame):
         named = models if isinstance(models, Mapping) else {"base": models}
-        found = [Candidate(name, 0, 0, model, _key(model)) for name, model in named.items()]
+        rows: list[tuple] = [(name, 0, 0, model, _key(model)) for name, model in named.items()]
     else:
         steps = check(models, STEPS, "steps")
         base = base or _base_model(run)
@@ -189,8 +220,9 @@ def _candidates(models: Any, run: Run, config: EvalConfig, base: "Model | None")
             steps = steps.filter(pl.col("seed").is_in(config.seeds))
         if config.steps == "last":
             steps = steps.filter(pl.col("step") == pl.col("step").max().over("arm", "seed"))
-        rows = only_kept(steps, "what is evaluated").select(*UNIT, "model", "model_key").rows()
-        found = [Candidate("base", 0, 0, base, keys[0]), *(Candidate(*row) for row in rows)]
+        kept = only_kept(steps, "what is evaluated").select(*UNIT, "model", "model_key").rows()
+        rows: list[tuple] = [("base", 0, 0, base, keys[0]), *kept]
+    found = [Candidate(arm, seed, step, model, key, _tokenizer_key(model)) for arm, seed, step, model, key in rows]
     for candidate in found:
         if not re.fullmatch(r"[\w.+=,-]+", candidate.arm):
             raise SdpoError(
@@ -226,6 +258,15 @@ def _key(model: Any) -> str:
     )
 
 
+def _tokenizer_key(model: Any) -> str | None:
+    if isinstance(model, tuple):
+        return tokenizer_key(model[1])
+    try:
+        return tokenizer_key_of(model)
+    except SdpoError:  # said where the model is needed; if all is answered, it is not
+        return None
+
+
 def _questions(task: h4.Task, config: EvalConfig, run: Run) -> Questions | None:
     limit = config.limit if config.limit is not None else h4.BUDGETS[config.budget].get(task.name)
     documents = load_documents(task, config.data_dir, config.truthfulqa)
@@ -248,7 +289,8 @@ def _questions(task: h4.Task, config: EvalConfig, run: Run) -> Questions | None:
 
 def recipe_of(candidate: Candidate, asked: Questions) -> dict[str, str]:
     """Say by what answers are kept, beside their item."""
-    return {"model_key": candidate.model_key, "protocol": asked.protocol}
+    own = {"model_key": candidate.model_key, "protocol": asked.protocol}
+    return own | ({"tokenizer_key": candidate.tokenizer_key} if candidate.tokenizer_key else {})
 
 
 def _refuse_another_recipe(run: Run, candidate: Candidate, asked: Questions) -> None:
@@ -256,7 +298,8 @@ def _refuse_another_recipe(run: Run, candidate: Candidate, asked: Questions) -> 
     if not (run.path / file).exists():
         return
     items = run.read(candidate.unit(asked.task.name))
-    for name, now in recipe_of(candidate, asked).items():
+    recipe = recipe_of(candidate, asked)
+    for name, now in ((name, now) for name, now in recipe.items() if name in items.columns):
         made = items.filter(pl.col(name) != now)[name]
         if len(made):
             raise SdpoError(

@@ -6,6 +6,7 @@ tokenizer. It can be deleted at any time: it is then made anew.
 
 import hashlib
 import importlib
+import importlib.metadata
 import json
 import logging
 import time
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import polars as pl
 
+from sdpo_data.assets import cache_folder, model_folder
+from sdpo_data.models import load_tokenizer
 from sdpo_data.run import write_atomically
 from sdpo_data.tables import SdpoError
 from sdpo_eval.documents import BOS, Documents
@@ -38,6 +41,7 @@ REQUESTS = pl.Schema(
     }
 )
 BATCH = 512  # questions tokenised together: bounds memory
+TOKENIZER_FILES = (".json", ".jinja", ".model", ".txt")  # endings of the files that a tokenizer is read from
 SLICE = 2000  # questions handed to the engine together: a whole subject of MMLU, or several
 
 _WRITERS = {"h4-lmeval": "sdpo_eval.harness", "h4-v1": "sdpo_eval.h4_v1"}
@@ -163,6 +167,25 @@ def tokenizer_key(tokenizer: "PreTrainedTokenizerBase") -> str:
         content = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), str(tokenizer.init_kwargs)]
     own = [content, tokenizer.bos_token_id, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(own, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def tokenizer_key_of(name: str | Path) -> str:
+    """Name the tokenizer of a model's folder, or remember its name from the last time these very files were read.
+
+    Args:
+        name: folder, hub id, or embedded:NAME.
+
+    Raises:
+        SdpoError: there is no such model, or no tokenizer in it.
+    """
+    files = sorted(file for file in model_folder(str(name)).iterdir() if file.suffix in TOKENIZER_FILES)
+    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    stamp = json.dumps([importlib.metadata.version("transformers"), stats])
+    memo = cache_folder() / "tokenizer_keys" / hashlib.sha256(stamp.encode()).hexdigest()
+    if not memo.exists():
+        key = tokenizer_key(load_tokenizer(name))
+        write_atomically(memo, lambda temporary: temporary.write_text(key))
+    return memo.read_text()
 
 
 def adds_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:

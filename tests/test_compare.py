@@ -16,7 +16,7 @@ from sdpo_data.tables import CONTAMINATION, DOCUMENTS, ITEMS, PARTITION, SdpoErr
 from sdpo_eval.arms import contrast_factorial, describe_order
 from sdpo_eval.changes import FIELDS, find_changes, find_flips, find_forgetting
 from sdpo_eval.clean import Clean, read_clean
-from sdpo_eval.compare import compare_models, find_worse, main, tabulate_clean
+from sdpo_eval.compare import compare_models, find_worse, main, tabulate, tabulate_beneath, tabulate_clean
 from sdpo_eval.contrasts import (
     CHECKPOINTS,
     CONTRASTS,
@@ -405,7 +405,7 @@ def test_two_runs_and_two_models_of_one(run, tmp_path):
     other = undecontaminated(tmp_path / "old", seed=1)
     got = sdpo_eval.compare_models(run, other)
     assert got.select("first", "second").unique().rows() == [("new: sdpo step 2", "old: sdpo step 2")]
-    assert got.filter("primary")["task"].to_list() == ["h4"]
+    assert not got["primary"].any()  # sdpo - dpo is, by default
     assert compare_models(run)["second"][0] == "base"
     one, two = compare_models(run, a="sdpo/0/2", b="dpo"), compare_models(run, a="dpo", b="sdpo/0/2")
     assert (one["first"][0], one["second"][0]) == ("sdpo step 2", "dpo step 1")
@@ -456,10 +456,6 @@ def test_non_inferiority_is_read_off_the_lower_end():
     methods = table.with_columns(verdict_on=pl.lit(METHODS), low=-3.0)
     assert len(find_worse(pl.concat([table, methods]), 2.0)) == 1  # the methods', where there are any
     assert len(find_worse(pl.concat([table, table.with_columns(subset=pl.lit("clean"), low=-9.0)]), 1.0)) == 0
-    unknown = table.with_columns(low=pl.lit(None, pl.Float64))
-    assert find_worse(unknown, 1.0) == [
-        "a against b, H4: no question of 9 differs from another, so others are not known. Ask more."
-    ]
 
 
 def test_the_command_prints_the_contrasts(run, capsys):
@@ -599,6 +595,101 @@ def test_the_verdict_may_be_named_on_held_out_pairs(run):
     alone = Report(run)  # not evaluated yet: held-out pairs decide, and H4's command is named
     assert "held-out accuracy: base " in alone.markdown()
     assert any(warning.startswith("H4 of the base model and of every step is missing") for warning in alone.warnings)
+
+
+def test_answers_that_do_not_differ_show_no_less_than_the_rule_of_three():
+    # no question of 300 differs: at most 3 of 300 became wrong, 1 point. H4 of four tasks, the smallest of 40: that one
+    # may have lost 3 of 40, 7.5 points, a quarter of which is H4's: 1.875
+    same = [side(items(arm, [1, 0, 1] * 100)) for arm in "ab"]
+    got = contrast_models([tuple(same)])
+    assert got["low"].to_list() == [None]
+    assert find_worse(got, 1.0) == []
+    [sentence] = find_worse(got, 0.99)
+    assert sentence.startswith("a against b, ARC-Challenge: it may be 1.00 points worse, allowed are 0.99: no question")
+    assert sentence.endswith("no question of 300 differs from another, and so few show no less (rule of three, 95 %).")
+    four = [
+        side(pl.concat([items(arm, [1, 0] * (20 if task == "mmlu" else 60), task=task) for task in TASKS]))
+        for arm in "ab"
+    ]
+    h4 = contrast_models([tuple(four)])
+    assert find_worse(h4, 1.875) == []
+    assert "H4: it may be 1.88 points worse, allowed are 1.87" in find_worse(h4, 1.87)[0]
+    lost = contrast_models([(side(items("a", [0] * 300)), side(items("b", [1] * 300)))])  # every one of them is wrong
+    assert "it may be 101.00 points worse" in find_worse(lost, 50)[0]
+
+
+def test_the_gate_passes_the_same_weights_of_the_same_tokenizer(run, capsys):
+    base = {task: pl.read_parquet(run / f"items/base-0-0-{task}.parquet") for task in TASKS}
+    shutil.rmtree(run / "held_out_scores")
+
+    def copy(**change):
+        for task, own in base.items():
+            values = {"arm": pl.lit("copy"), "seed": pl.lit(3, pl.Int64)} | change
+            own.with_columns(**values).write_parquet(run / f"items/copy-3-0-{task}.parquet")
+
+    copy()
+    main([str(run), "--a", "copy", "--fail-if-worse", "0"])
+    assert "copy and base are the same weights: there is no difference" in capsys.readouterr().out
+    for task, own in base.items():
+        own.with_columns(tokenizer_key=pl.lit("one")).write_parquet(run / f"items/base-0-0-{task}.parquet")
+    copy(tokenizer_key=pl.lit("one"))
+    main([str(run), "--a", "copy", "--fail-if-worse", "0"])
+    capsys.readouterr()
+    for change in ({"tokenizer_key": pl.lit("other")}, {"model_key": pl.lit("other weights")}):
+        copy(**change)  # the same answers of another model: of 50 to 95 questions a task, 3 / 50 / 4 is shown
+        main([str(run), "--a", "copy", "--fail-if-worse", "1.5"])
+        with pytest.raises(SystemExit):
+            main([str(run), "--a", "copy", "--fail-if-worse", "1.49"])
+        assert "it may be 1.50 points worse, allowed are 1.49: no question of 285 differs" in capsys.readouterr().out
+
+
+def test_only_the_contrast_that_the_config_names_is_primary(run, capsys):
+    def primary(**sides):
+        return compare_models(run, **sides).filter("primary").select("first", "second", "task").rows()
+
+    assert primary() == []  # sdpo - base; named is sdpo - dpo
+    whole = compare_models(run)
+    p = whole["p"].fill_null(1.0).to_list()
+    assert whole["p_holm"].min() == pytest.approx(min(1, len(p) * min(p)))
+    main([str(run)])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "is sdpo - dpo by H4, which is none of these: all are adjusted for looking at several" in said
+    assert primary(b="dpo") == [("sdpo step 2", "dpo step 1", "h4")]
+    assert primary(a="dpo", b="sdpo") == [("dpo step 1", "sdpo step 2", "h4")]
+    main([str(run), "--b", "dpo"])
+    assert "The primary contrast is sdpo - dpo by H4: it alone is not adjusted" in capsys.readouterr().out
+    with (run / "config.yaml").open("a") as file:
+        file.write("compare:\n  primary: sdpo - base\n  primary_task: mmlu\n")
+    assert primary() == [("sdpo step 2", "base", "mmlu")]
+    assert primary(b="dpo") == []
+
+
+def test_mcnemar_takes_independent_questions_alone(run, capsys):
+    first, second = items("a", [1, 1, 0, 1]), items("b", [0, 1, 0, 0])
+    shared = first.with_columns(cluster=pl.Series(["x", "y", "x", "z"]))
+    assert contrast_models([(side(first), side(second))])["p_mcnemar"].to_list() == [0.25]
+    assert contrast_models([(side(shared), side(second))])["p_mcnemar"].to_list() == [None]
+    table = tabulate(compare_models(run))
+    told = dict(table.select("task", "p McNemar").rows())
+    assert told["H4"] == told["MMLU"] == told["TruthfulQA"] == told["held-out accuracy"] == ""  # pairs share prompts
+    assert told["ARC-Challenge"] == f"{compare_models(run).filter(task='arc_challenge')['p_mcnemar'][0]:.4f}"
+    assert all(table["n for 1 point"].str.contains(r"^[\d,]+$"))
+
+
+def test_what_lies_beneath_the_score_is_shown(run, capsys):
+    metrics = ["score", "gold_logp", "logp_margin", "choice_margin"]
+    got = compare_models(run, metrics=metrics)
+    beneath = tabulate_beneath(got)
+    assert beneath.columns == ["task", "gold_logp", "logp_margin", "choice_margin", "n"]
+    assert beneath["task"].to_list() == ["ARC-Challenge", "HellaSwag", "MMLU", "TruthfulQA", "held-out accuracy"]
+    row = got.filter(task="mmlu", metric="gold_logp").row(0, named=True)
+    shown = f"{row['effect']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] {row['verdict']}"
+    assert beneath["gold_logp"][2] == shown
+    assert beneath["logp_margin"][3] == ""  # TruthfulQA's has several right answers
+    assert tabulate_beneath(compare_models(run)).is_empty()
+    assert set(tabulate(got)["task"]) == set(tabulate(compare_models(run))["task"])
+    main([str(run)])
+    assert "beneath the score" in capsys.readouterr().out
 
 
 def test_held_out_pairs_fail_no_gate_but_alone():

@@ -448,6 +448,61 @@ def test_a_killed_run_goes_on_where_it_stopped(small, models, run, answered, mon
     assert_frame_equal(results, evaluate(models / "base", config(small)), rel_tol=1e-5)
 
 
+@pytest.fixture
+def retokenized(models, tmp_path):
+    """The weights of "one" with a tokenizer that puts a blank before every text."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    folder = shutil.copytree(models / "one", tmp_path / "retokenized")
+    _, tokenizer = load_model(folder)
+    tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def forget_tokenizers(run):
+    """Make a run folder one from before tokenizers were noted."""
+    for path in run.glob("items/*.parquet"):
+        pl.read_parquet(path).drop("tokenizer_key", strict=False).write_parquet(path)
+    lineage = json.loads((run / "lineage.json").read_text())
+    for made in lineage.values():
+        made["recipe"].pop("tokenizer_key", None)
+    (run / "lineage.json").write_text(json.dumps(lineage))
+
+
+def test_equal_weights_with_another_tokenizer_are_another_model(small, models, run, retokenized, answered, other_tasks):
+    settings = config(small, limit=2, tasks=["truthfulqa_mc2", "choose"], task_dir=str(other_tasks))
+    evaluate({"mine": models / "one"}, settings, run)
+    answered.clear()
+    results = evaluate({"other": retokenized}, settings, run)
+    assert len(answered) == 2
+    assert results["model_key"].n_unique() == 1
+    for task in ("truthfulqa_mc2", "choose"):
+        mine, other = (Run(run).items.filter(task=task, arm=arm)["choice_logps"].to_list() for arm in ("mine", "other"))
+        assert mine != other
+    assert_frame_equal(results.filter(arm="other"), evaluate({"other": retokenized}, settings))
+    with pytest.raises(SdpoError, match=r"mine-0-0-truthfulqa_mc2.parquet holds answers of tokenizer_key \w+, now"):
+        evaluate({"mine": retokenized}, settings, run)
+    with pytest.raises(SdpoError, match=r"other_tasks/mine-0-0-choose was made with tokenizer_key = "):
+        evaluate({"mine": retokenized}, config(small, tasks=["choose"], limit=2, task_dir=str(other_tasks)), run)
+
+
+def test_a_run_from_before_tokenizers_were_noted(small, models, run, retokenized, answered, other_tasks, caplog):
+    settings = config(small, limit=2, tasks=["truthfulqa_mc2", "choose"], task_dir=str(other_tasks))
+    first = evaluate(steps_of(models, "one"), settings, run)
+    forget_tokenizers(run)
+    answered.clear()
+    with caplog.at_level(logging.INFO):
+        assert_frame_equal(evaluate(steps_of(models, "one"), settings, run), first)
+        both = pl.concat([steps_of(models, "one"), steps_of(models, "one", arm="dpo")])
+        results = evaluate(both, settings, run)  # a step is a copy of the base model's tokenizer
+    assert answered == []
+    assert_frame_equal(results.filter(arm="dpo").drop("arm"), results.filter(arm="sdpo").drop("arm"))
+    assert "4 answers name no tokenizer: taken for those of the tokenizers the models have now" in caplog.text
+    evaluate({"other": retokenized}, settings, run)  # but not of any model that comes along
+    assert len(answered) == 2
+
+
 def test_other_weights_under_the_same_name_are_refused(small, models, run):
     evaluate({"mine": models / "one"}, config(small, limit=2, tasks=["mmlu"]), run)
     before = Run(run).items
@@ -791,6 +846,29 @@ def test_other_tasks_stand_beside_h4_and_are_lm_evals_own(small, models, run, ot
     sides = [choose_models(Run(run).items, arm) for arm in ("copy", "base")]
     assert find_forgetting(*sides).select("task").unique().height == 3
     assert find_flips(find_changes(*sides, Run(run).questions)).is_empty()
+
+
+def test_a_task_beside_h4_is_asked_anew_for_more_documents_and_never_for_fewer(
+    small, models, run, answered, other_tasks, caplog
+):
+    def asked(limit, **more):
+        settings = config(small, limit=limit, tasks=["truthfulqa_mc2", "choose"], task_dir=str(other_tasks))
+        rows = evaluate(models / "one", settings, run, **more)
+        return dict(rows.select("task", "n").rows()), len(Run(run).items.filter(task="choose"))
+
+    assert asked(2) == ({"truthfulqa_mc2": 2, "choose": 2}, 2)
+    assert asked(4) == ({"truthfulqa_mc2": 4, "choose": 4}, 4)
+    assert len(answered) == 4  # H4's first two stand
+    assert asked(None) == ({"truthfulqa_mc2": 5, "choose": 5}, 5)
+    with caplog.at_level(logging.INFO):
+        assert asked(3) == ({"truthfulqa_mc2": 3, "choose": 5}, 5)
+    assert "other_tasks/base-0-0-choose was asked all documents, which stand; now it would be 3." in caplog.text
+    assert Run(run).lineage["other_tasks/base-0-0-choose"]["recipe"]["limit"] is None
+    assert len(answered) == 5
+    assert asked(3, force=True) == ({"truthfulqa_mc2": 3, "choose": 3}, 3)
+    other = config(small, tasks=["choose"], task_dir=str(other_tasks), dtype="bfloat16")
+    with pytest.raises(SdpoError, match=r"other_tasks/base-0-0-choose was made with dtype = 'float32'"):
+        evaluate(models / "one", other, run)
 
 
 @pytest.mark.real

@@ -27,7 +27,7 @@ ROW_TOKENS = {"cpu": 256, "cuda": 8192}  # of a forward pass: dense masks in row
 
 class TrainConfig(TrainerSettings):
     arms: list[str] = pydantic.Field(["sdpo"], min_length=1)
-    """Which arms to run; --plan shows what each changes: sdpo, dpo, random, ... or all."""
+    """Which arms to run: sdpo, dpo, random, ..., core (order x reference) or all; --plan shows what each changes."""
     seeds: list[int] = pydantic.Field([0], min_length=1)
     """One run of every arm per seed: order inside the steps, random orders, LoRA initialisation."""
     schedule: Literal["per_step", "whole_run"] = "per_step"

@@ -21,6 +21,7 @@ from sdpo_data.tables import METRICS, PAIRS, PARTITION, SCORES, STEPS, TOKEN_DIF
 from sdpo_train.arms import Variant, arm_config, arm_partition, variants
 from sdpo_train.card import write_card
 from sdpo_train.config import StepConfig, TrainConfig
+from sdpo_train.failures import stopped_by_signals
 from sdpo_train.work import StepWork, TrainStep, count_updates, recipe
 
 log = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ def run_sdpo(
         SdpoError: a step was finished with other settings; train.trl is not for DPOConfig; a start or
             reference does not have the weights its arm declares; another process is at work on the
             same step.
+        KeyboardInterrupt: a SIGTERM or Ctrl-C came; the same call goes on from there.
 
     Source: arXiv 2403.19270, section 3.2: M_t = DPO(start M_{t-1}, reference M_{t-1}, D_t).
     """
@@ -168,15 +170,16 @@ def run_sdpo(
         from sdpo_train.trainer import check_trl_section  # before hours of training, not after
 
         check_trl_section(config)
-    for one in chains:
-        for step in one.steps:
-            if one.unit(step) in wanted:
-                _run_unit(one, step, given)
-        if one.row(one.steps[-1]) is not None:
-            if workers.is_main() and train_step is None:
-                write_card(run, one.variant.label, one.seed)
-            if config.export_dtype or config.push_to_hub:
-                _publish(one, given, alone=len(chains) == 1)
+    with stopped_by_signals():
+        for one in chains:
+            for step in one.steps:
+                if one.unit(step) in wanted:
+                    _run_unit(one, step, given)
+            if one.row(one.steps[-1]) is not None:
+                if workers.is_main() and train_step is None:
+                    write_card(run, one.variant.label, one.seed)
+                if config.export_dtype or config.push_to_hub:
+                    _publish(one, given, alone=len(chains) == 1)
     done = [pl.read_parquet(path) for one in chains if (path := one.folder / "steps.parquet").exists()]
     return check(pl.concat([STEPS.to_frame(), *(rows.select(list(STEPS)) for rows in done)]), STEPS, "steps")
 

@@ -8,6 +8,7 @@ Examples:
     accelerate launch -m sdpo_train runs/a                     # several GPUs
 
 Ctrl-C, or a cluster's SIGTERM, ends after the update at hand with a checkpoint; the same command goes on.
+Any other field of TRL's DPOConfig is set in config.yaml, in the section trl of train: `trl: {weight_decay: 0.01}`.
 """
 
 from sdpo_data import workers
@@ -16,6 +17,7 @@ from sdpo_data.console import command, print_table, say
 from sdpo_data.models import model_key
 from sdpo_data.score import ScoreConfig
 from sdpo_data.tables import SdpoError
+from sdpo_train.arms import ARMS, CORE
 from sdpo_train.config import TrainConfig
 from sdpo_train.plan import print_plan
 from sdpo_train.steps import run_sdpo
@@ -25,13 +27,17 @@ SHOWN = [
     *("seconds", "shared_from"),
 ]
 SWITCHES = {"plan": "Show what would run, with what it costs, and run nothing.", "json": "With --plan: as JSON."}
+HELP = f"""{__doc__}
+Arms: {", ".join(ARMS)}.
+core is {", ".join(CORE)}; all is every one; --plan says what each changes.
+"""
 OPTIONS = {"unit": "Only these units, as arm/seed/step."}
 
 
 def main() -> None:
     """Train what is not trained yet."""
     sections: dict[str, type[Settings]] = {"train": TrainConfig, "score": ScoreConfig}
-    call = read_command("python -m sdpo_train", __doc__, "train", sections, switches=SWITCHES, options=OPTIONS)
+    call = read_command("python -m sdpo_train", HELP, "train", sections, switches=SWITCHES, options=OPTIONS)
     config, score = call.settings["train"], call.settings["score"]
     assert isinstance(config, TrainConfig)
     assert isinstance(score, ScoreConfig)

@@ -44,7 +44,12 @@ ARMS = {
     "sdpo_fixed": Arm("easy to hard, but every step is regularised towards S", reference="base"),
     "random": Arm("steps of random pairs, moving reference: the paper's sDPO Rand.", order="random"),
     "random_fixed": Arm("steps of random pairs, regularised towards S", order="random", reference="base"),
-    "dpo": Arm("plain DPO: all pairs in one step, shuffled, from and towards S", order="random", one_step=True),
+    "dpo": Arm(
+        "plain DPO: all pairs in one step, shuffled, from and towards S; T steps have as many updates or up to "
+        "T - 1 an epoch more, as a step's last one may have fewer pairs",
+        order="random",
+        one_step=True,
+    ),
     "dpo_sorted": Arm("plain DPO in one step, in the order of the curriculum", one_step=True),
     "dpo_beta_over_t": Arm(
         "plain DPO at beta / T: T steps on one reward have the optimum of one DPO at beta / T",

@@ -27,7 +27,7 @@ ROW_TOKENS = {"cpu": 256, "cuda": 8192}  # of a forward pass: dense masks in row
 
 class TrainConfig(TrainerSettings):
     arms: list[str] = pydantic.Field(["sdpo"], min_length=1)
-    """Which arms to run; --plan shows what each changes: sdpo, dpo, random, ... or all."""
+    """Which arms to run: sdpo, dpo, random, ..., core (order x reference) or all; --plan shows what each changes."""
     seeds: list[int] = pydantic.Field([0], min_length=1)
     """One run of every arm per seed: order inside the steps, random orders, LoRA initialisation."""
     schedule: Literal["per_step", "whole_run"] = "per_step"
@@ -48,7 +48,8 @@ class TrainConfig(TrainerSettings):
     tune: dict[Literal["beta", "learning_rate"], list[float]] = pydantic.Field({})
     """The same grid for every arm, such as {learning_rate: [1e-6, 5e-6]}: each point is an arm of its own."""
     diagnose: bool = True
-    """Score a step's pairs again with the model it gave: drift, displacement, forgetting. A forward pass more."""
+    """Score a step's pairs again with the model it gave: drift, displacement, forgetting (of held-out pairs of earlier
+    parts; not in arms of random or stratified steps, where no pair is of an earlier one). A forward pass more."""
     kl_samples: int = pydantic.Field(8, ge=0)
     """Prompts per step on which the KL to S and to the reference is estimated from sampled answers; 0 for none."""
     checkpoint_minutes: float = pydantic.Field(10.0, gt=0)

@@ -96,7 +96,7 @@ def diagnose_step(
     return pl.DataFrame(table, METRICS, orient="row")
 
 
-def split_held_out(scores: pl.DataFrame, partition: pl.DataFrame) -> dict[int, pl.DataFrame]:
+def split_held_out(scores: pl.DataFrame, partition: pl.DataFrame, *, falling: bool = False) -> dict[int, pl.DataFrame]:
     """Tell held-out pairs by the part they would have been in.
 
     Where every source is in one part, that of its source; else the first part with a pair at least as
@@ -105,6 +105,7 @@ def split_held_out(scores: pl.DataFrame, partition: pl.DataFrame) -> dict[int, p
     Args:
         scores: SCORES of held-out pairs under S.
         partition: PARTITION of the pairs, from easy to hard.
+        falling: it goes from hard to easy: the first part with a pair at most as hard, or the last.
 
     Returns:
         Part -> SCORES rows, in their order; parts that none falls into are left out.
@@ -120,8 +121,9 @@ def split_held_out(scores: pl.DataFrame, partition: pl.DataFrame) -> dict[int, p
             alien = scores.filter(parts.is_null())["source"][0]
             raise SdpoError(f"held-out pairs of source {alien!r} have no part: the partition has none of that source.")
     else:
-        tops = partition.group_by("step").agg(pl.col("difficulty").max()).sort("step")
-        hardness = difficulty_named(partition["definition"][0]).measure(scores)
+        sign = -1 if falling else 1
+        tops = partition.group_by("step").agg((pl.col("difficulty") * sign).max()).sort("step")
+        hardness = sign * difficulty_named(partition["definition"][0]).measure(scores)
         places = tops["difficulty"].cum_max().search_sorted(hardness, side="left").clip(upper_bound=tops.height - 1)
         parts = tops["step"].gather(places)
     placed = scores.with_columns(parts.alias("_part"))

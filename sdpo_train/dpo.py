@@ -213,14 +213,16 @@ def _diagnosis(
 def _earlier(
     work: StepWork, held_out: tuple[pl.DataFrame, pl.DataFrame] | None
 ) -> dict[int, tuple[pl.DataFrame, pl.DataFrame]]:
-    """Held-out pairs of the parts before this one, under the start and the trained model."""
+    """Held-out pairs of the arm's parts before this one, under the start and the trained model."""
     kept = work.out.parent / "step_1" / "held_out_base.parquet"
     if held_out is None or work.partition is None or work.step == 1 or not kept.exists():
         return {}
-    if work.held_out_parts is None:
-        parts = split_held_out(pl.read_parquet(kept), work.partition)
+    known, base = work.held_out_parts, pl.read_parquet(kept)
+    if known is not None and work.parts == "given":
+        parts = {int(str(step)): rows for (step,), rows in known.group_by("step")}
     else:
-        parts = {int(str(step)): rows for (step,), rows in work.held_out_parts.group_by("step")}
+        base = base if known is None else base.join(known, on="pair_id", how="semi")
+        parts = split_held_out(base, work.partition, falling=work.parts == "falling") if base.height else {}
     found = {}
     for part, rows in sorted(parts.items()):
         if part < work.step:

@@ -76,7 +76,11 @@ def stopped_by_signals() -> Iterator[None]:
 
 @contextlib.contextmanager
 def noted_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM (a cluster's) instead of dying of them; a second SIGINT ends at once."""
+    """Collect SIGINT and SIGTERM (a cluster's) instead of dying of them; a second SIGINT ends at once.
+
+    Raises:
+        Interrupted: at the end, if what was done here did not look at what was collected.
+    """
     asked: list[int] = []
 
     def note(number: int, _frame: Any) -> None:
@@ -87,6 +91,8 @@ def noted_signals() -> Iterator[list[int]]:
 
     with _handled(note, signal.SIGINT, signal.SIGTERM):
         yield asked
+    if asked:
+        raise Interrupted(f"stopped by {signal.Signals(asked[0]).name}")
 
 
 @contextlib.contextmanager

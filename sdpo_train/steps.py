@@ -17,10 +17,11 @@ from sdpo_data import orders, workers
 from sdpo_data.config import merge_config
 from sdpo_data.difficulty import difficulty_named
 from sdpo_data.run import Run, write_atomically
-from sdpo_data.tables import METRICS, PAIRS, PARTITION, SCORES, STEPS, SdpoError, check
+from sdpo_data.tables import METRICS, PAIRS, PARTITION, SCORES, STEPS, TOKEN_DIFFERENCE, SdpoError, check
 from sdpo_train.arms import Variant, arm_config, arm_partition, variants
 from sdpo_train.card import write_card
 from sdpo_train.config import StepConfig, TrainConfig
+from sdpo_train.failures import stopped_by_signals
 from sdpo_train.work import StepWork, TrainStep, count_updates, recipe
 
 log = logging.getLogger(__name__)
@@ -141,6 +142,7 @@ def run_sdpo(
         SdpoError: a step was finished with other settings; train.trl is not for DPOConfig; a start or
             reference does not have the weights its arm declares; another process is at work on the
             same step.
+        KeyboardInterrupt: a SIGTERM or Ctrl-C came; the same call goes on from there.
 
     Source: arXiv 2403.19270, section 3.2: M_t = DPO(start M_{t-1}, reference M_{t-1}, D_t).
     """
@@ -168,15 +170,16 @@ def run_sdpo(
         from sdpo_train.trainer import check_trl_section  # before hours of training, not after
 
         check_trl_section(config)
-    for one in chains:
-        for step in one.steps:
-            if one.unit(step) in wanted:
-                _run_unit(one, step, given)
-        if one.row(one.steps[-1]) is not None:
-            if workers.is_main() and train_step is None:
-                write_card(run, one.variant.label, one.seed)
-            if config.export_dtype or config.push_to_hub:
-                _publish(one, given, alone=len(chains) == 1)
+    with stopped_by_signals():
+        for one in chains:
+            for step in one.steps:
+                if one.unit(step) in wanted:
+                    _run_unit(one, step, given)
+            if one.row(one.steps[-1]) is not None:
+                if workers.is_main() and train_step is None:
+                    write_card(run, one.variant.label, one.seed)
+                if config.export_dtype or config.push_to_hub:
+                    _publish(one, given, alone=len(chains) == 1)
     done = [pl.read_parquet(path) for one in chains if (path := one.folder / "steps.parquet").exists()]
     return check(pl.concat([STEPS.to_frame(), *(rows.select(list(STEPS)) for rows in done)]), STEPS, "steps")
 
@@ -255,8 +258,8 @@ def _run_unit(own: Chain, step: int, given: Inputs) -> None:
         out=own.run.path / unit,
         base=own.base[0],
         held_out=given.held_out,
-        partition=own.order if arm.order == "easy_to_hard" and not arm.cumulative else None,
         held_out_parts=given.held_out_parts,
+        **tell_parts(own, given.scores),
         definition=own.order["definition"][0],
         updates_before=sum(own.updates(earlier) for earlier in range(1, step)),
         updates_in_all=sum(own.updates(one) for one in own.steps),
@@ -286,6 +289,32 @@ def _run_unit(own: Chain, step: int, given: Inputs) -> None:
             stage.outputs += [unit, f"{own.name}/steps.parquet"]
             if config.keep == "last" and step > 1:
                 _prune(own.folder / f"step_{step - 1}")
+
+
+def tell_parts(own: Chain, scores: pl.DataFrame | None) -> dict[str, Any]:
+    """Say by what the part of a held-out pair is told, to know what is forgotten: `partition` and `parts` of StepWork.
+
+    An arm that goes by difficulty, or by token difference, tells it by that. In an arm of random or
+    stratified steps a held-out pair belongs to no step more than to another, and in one of a single
+    step nothing is earlier: nothing is told there. `adaptive` ranks what is left by newer models: only
+    its first part is one of S's.
+    """
+    arm = own.variant.arm
+    if arm.order in ("random", "stratified") or arm.one_step:
+        return {}
+    rows = own.order.unique("pair_id", keep="first", maintain_order=True)  # a cumulative arm's where they come first
+    if arm.order == "token_difference":
+        assert scores is not None  # or it could not be ordered so
+        lengths = scores.select("pair_id", difficulty=TOKEN_DIFFERENCE.cast(pl.Float64))
+        rows = rows.drop("difficulty").join(lengths, on="pair_id", maintain_order="left")
+        rows = rows.with_columns(definition=pl.lit("chosen_tokens - rejected_tokens")).select(list(PARTITION))
+    whole = rows.group_by("source").agg(pl.col("step").n_unique())["step"].max() == 1
+    if not (whole or difficulty_named(rows["definition"][0]).single_pairs):
+        return {}  # a share over many pairs places no single one
+    if arm.adaptive:
+        rows = rows.with_columns(step=pl.when(pl.col("step") == 1).then(1).otherwise(own.steps.stop).cast(pl.Int64))
+    keeps = arm.order == "easy_to_hard" and not (arm.selective or arm.adaptive)
+    return {"partition": rows, "parts": "given" if keeps else "falling" if arm.order == "hard_to_easy" else "rising"}
 
 
 def _adapted(own: Chain, step: int, given: Inputs) -> pl.DataFrame:

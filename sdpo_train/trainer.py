@@ -129,7 +129,7 @@ def train_pairs(
             log.info("%s step %d goes on from %s", work.arm, work.step, found[0].name)
             advance(int(found[0].name.rsplit("-", 1)[-1]))
         trainer.train(resume_from_checkpoint=str(found[0]) if found else None)
-        if asked and trainer.state.global_step < trainer.state.max_steps:
+        if watch.stopped:
             raise Interrupted(f"stopped at update {trainer.state.global_step} of {work.arm} step {work.step}")
         if config.optimizer == "carry":  # for the step after
             trainer.save_moments(scratch / MOMENTS)
@@ -270,6 +270,7 @@ class _Watch(transformers.TrainerCallback):
         self.saved = time.monotonic()
         self.advance: Callable[[int], None] = lambda _: None
         self.asked: list[int] = []
+        self.stopped = False
         self.reference = reference
         self.trainer: Any = None
 
@@ -283,8 +284,9 @@ class _Watch(transformers.TrainerCallback):
         due = time.monotonic() - self.saved > 60 * config.checkpoint_minutes
         stop = workers.share([bool(due), bool(self.asked)])  # one process's clock and signals count for all
         done = state.global_step >= state.max_steps
-        control.should_save = (stop[0] or stop[1]) and not done
-        control.should_training_stop = control.should_training_stop or stop[1]
+        self.stopped = stop[1]
+        control.should_save = self.stopped or (stop[0] and not done)  # of the last update too: diagnosis may be long
+        control.should_training_stop = control.should_training_stop or self.stopped
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         for name in ("loss", "grad_norm"):

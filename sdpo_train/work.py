@@ -5,11 +5,13 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import polars as pl
 
 from sdpo_train.config import NOT_NUMBERS, NOT_NUMBERS_OF_TRL, StepConfig
+
+Parts = Literal["given", "rising", "falling"]
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,13 @@ class StepWork:
     held_out: pl.DataFrame | None = None
     """PAIRS that no step trains on, to tell what is forgotten."""
     partition: pl.DataFrame | None = None
-    """PARTITION of the whole arm, where its parts rise: which of them a held-out pair would have been in."""
+    """PARTITION of the whole arm, each pair once, `difficulty` what its steps were filled by: which of them a held-out
+    pair would have been in. None where that cannot be told: see `steps.tell_parts`."""
     held_out_parts: pl.DataFrame | None = None
-    """PARTITION of held-out pairs whose part is known (partition.hold_out): where there are any, they alone count."""
+    """PARTITION of the held-out pairs that partition.hold_out took: where there are any, they alone count."""
+    parts: Parts = "given"
+    """Whether `held_out_parts` are the arm's own, or are to be told by difficulty, which rises or falls from step to
+    step."""
     definition: str = "margin_per_token"
     """The difficulty whose drift is told."""
     updates_before: int = 0

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sdpo_data import PartitionConfig, partition_pairs
+from sdpo_data.orders import rearrange
 from sdpo_data.tables import LOGP_MARGIN, METRICS, SCORES, SdpoError, check
 from sdpo_train.diagnostics import contamination_alarm, diagnose_step, kl_estimate, split_held_out
 
@@ -204,6 +205,17 @@ def test_held_out_pairs_fall_into_the_part_of_their_difficulty():
     parts = {part: rows["pair_id"].to_list() for part, rows in split_held_out(held_out, partition).items()}
     # part 1 ends at margin 5: what is harder than that is of part 2, and so is what is harder than all
     assert parts == {1: ["pair-0", "pair-1"], 2: ["pair-2", "pair-3", "pair-4"]}
+
+
+def test_held_out_pairs_fall_into_the_part_of_their_difficulty_from_hard_to_easy():
+    trained = scored([-9.0, -9.0, -9.0, -9.0], [-19.0, -14.0, -10.0, -4.0])  # margins 10, 5 | 1, -5, the last first
+    partition = rearrange(partition_pairs(trained, PartitionConfig(parts=2, difficulty="logp_margin")), "hard_to_easy")
+    held_out = scored([-9.0] * 5, [-60.0, -14.0, -13.0, -10.0, -1.0])  # margins 51, 5, 4, 1, -8
+    parts = split_held_out(held_out, partition, falling=True)
+    # part 1 ends at margin 1: what is easier than that is of part 2, and so is what is easier than all
+    assert {part: rows["pair_id"].to_list() for part, rows in parts.items()} == {
+        1: ["pair-3", "pair-4"], 2: ["pair-0", "pair-1", "pair-2"]
+    }  # fmt: skip
 
 
 def test_held_out_pairs_of_whole_sources_fall_into_the_part_of_their_source():

@@ -153,3 +153,25 @@ def test_forgetting_is_told_of_the_pairs_that_each_part_holds_out(pairs, tiny_mo
     assert told["held_out/pairs"] == 2
     assert not [name for name in told if name.startswith("forgetting/part_2")]
     assert not run.metrics.filter(pl.col("name").str.starts_with("forgetting"), step=1).height
+
+
+@pytest.mark.real
+def test_forgetting_is_told_of_every_arm_that_has_parts(pairs, tiny_model, tmp_path):
+    """Of hard_to_easy the held-out pair of the harder part is the earlier one; of random steps none is."""
+    run = Run(tmp_path / "run")
+    run.path.mkdir()
+    scores = score_pairs(pairs, tiny_model)
+    divided = divide_pairs(scores, PartitionConfig(parts=2, hold_out=0.3))
+    divided.held_out.write_parquet(run.path / "held_out_parts.parquet")
+    config = TrainConfig(
+        arms=["hard_to_easy", "length_only", "cumulative", "random"], learning_rate=1e-3, batch_pairs=2, kl_samples=0
+    )
+    steps = run_sdpo(pairs, divided.partition, tiny_model, run.path, scores=scores, config=config)
+    told = run.metrics.filter(pl.col("name") == "forgetting/part_1/margin_change")
+    assert set(told.select("arm", "step").rows()) <= {(arm, 2) for arm in config.arms[:3]}
+    assert {"hard_to_easy", "cumulative"} <= set(told["arm"])
+    for arm, part in (("hard_to_easy", 2), ("cumulative", 1)):
+        held = pairs.filter(pl.col("pair_id").is_in(divided.held_out.filter(step=part)["pair_id"].to_list()))
+        models = steps.filter(arm=arm)["model"]
+        before, after = (score_pairs(held, model).select(LOGP_MARGIN).item() for model in models)
+        assert told.filter(arm=arm)["value"].item() == pytest.approx(after - before, abs=1e-4)

@@ -1,16 +1,22 @@
 """Memory, disk and signals: what is said, what is not taken for them, and that the next start goes on."""
 
 import errno
+import logging
+import os
+import signal
 
 import polars as pl
 import pytest
 import torch
+from accelerate import Accelerator
 
+from sdpo_data import PartitionConfig, partition_pairs, score_pairs
+from sdpo_data.run import Run
 from sdpo_data.tables import SdpoError
-from sdpo_train import dpo
+from sdpo_train import dpo, trainer
 from sdpo_train.config import ROW_TOKENS, StepConfig
 from sdpo_train.dpo import train_step
-from sdpo_train.failures import explained
+from sdpo_train.failures import Interrupted, explained, noted_signals
 from sdpo_train.work import StepWork
 from tests.test_dpo import FAST, work  # noqa: F401 (a fixture)
 
@@ -105,3 +111,124 @@ def test_every_phase_of_a_step_is_watched(work, monkeypatch, where, phase):  # n
     with pytest.raises(SdpoError, match=f"memory ran out in {phase}"):
         train_step(work(), FAST)
     assert not work().out.exists()
+
+
+EVERY = FAST.model_copy(update={"batch_pairs": 2, "diagnose": False, "kl_samples": 0, "checkpoint_minutes": 1e-6})
+"""Four updates of two pairs, each in one forward pass, and a checkpoint after each."""
+
+
+@pytest.fixture
+def goes_on(work, tmp_path, caplog):  # noqa: F811
+    """Check that a step goes on from a checkpoint and ends with the bits of the unbroken one."""
+
+    def goes_on(update: int) -> None:
+        caplog.set_level(logging.INFO, "sdpo_train")
+        ended = train_step(work(), EVERY)
+        assert f"goes on from checkpoint-{update}" in caplog.text
+        unbroken = train_step(work(out=tmp_path / "unbroken"), EVERY)
+        assert {**ended, "model": "", "seconds": 0} == {**unbroken, "model": "", "seconds": 0}
+        both = [pl.read_parquet(folder / "metrics.parquet") for folder in (work().out, tmp_path / "unbroken")]
+        told = [one.filter(~pl.col("name").str.starts_with("cost/")).sort(pl.all()) for one in both]
+        assert told[0].equals(told[1])
+
+    return goes_on
+
+
+@pytest.mark.real
+def test_a_disk_that_is_full_at_a_checkpoint(work, goes_on, monkeypatch):  # noqa: F811
+    """The second checkpoint has its weights, and no room for the optimizer's state."""
+    save = torch.save
+
+    def full(content, path, *args, **given):
+        if "checkpoint-2" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return save(content, path, *args, **given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        with pytest.raises(SdpoError, match=r"sdpo step 1: the disk is full"):
+            train_step(work(), EVERY)
+    assert not work().out.exists()
+    goes_on(1)
+
+
+@pytest.mark.real
+def test_memory_that_runs_out_in_update_2(work, goes_on, monkeypatch):  # noqa: F811
+    backward, passes = Accelerator.backward, []
+
+    def run_out(self, loss, **given):
+        passes.append(loss)
+        if len(passes) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return backward(self, loss, **given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Accelerator, "backward", run_out)
+        with pytest.raises(SdpoError, match=r"memory ran out in training\. Set train"):
+            train_step(work(), EVERY)
+    goes_on(1)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("update", [2, 4], ids=["inside", "at the last update"])
+def test_a_sigterm_in_training(work, goes_on, monkeypatch, update):  # noqa: F811
+    """At the last update too: what comes after it may take longer than a cluster waits."""
+    end = trainer._Watch.on_step_end
+
+    def told(watch, args, state, control, **given):
+        if state.global_step == update:
+            os.kill(os.getpid(), signal.SIGTERM)
+        end(watch, args, state, control, **given)
+
+    rare = EVERY.model_copy(update={"checkpoint_minutes": 10.0})
+    with monkeypatch.context() as patched:
+        patched.setattr(trainer._Watch, "on_step_end", told)
+        with pytest.raises(Interrupted, match=f"stopped at update {update} of sdpo"):
+            train_step(work(), rare)
+    assert not work().out.exists()
+    goes_on(update)
+
+
+def test_a_signal_that_nothing_looked_at_is_not_lost():
+    def overlook():
+        with noted_signals() as asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert asked == [signal.SIGTERM]
+
+    with pytest.raises(Interrupted, match="stopped by SIGTERM"):
+        overlook()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.fixture
+def run(pairs, tiny_model, tmp_path) -> Run:
+    run = Run(tmp_path / "run")
+    run.path.mkdir()
+    scores = score_pairs(pairs, tiny_model)
+    pairs.write_parquet(run.path / "pairs.parquet")
+    scores.write_parquet(run.path / "scores.parquet")
+    partition_pairs(scores, PartitionConfig(parts=2)).write_parquet(run.path / "partition.parquet")
+    (run.path / "config.yaml").write_text(f"model: {tiny_model}\ntrain: {{learning_rate: 1.0e-3, kl_samples: 2}}\n")
+    return run
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("where", ["_reference_scores", "_diagnosis", "measure_divergence"])
+def test_a_sigterm_elsewhere_ends_as_in_training(run, run_command, monkeypatch, where):
+    """In step 2, while pairs are scored, diagnosed or answered: the sentence and exit code of Ctrl-C."""
+    whole = getattr(dpo, where)
+
+    def told(work, *args):  # noqa: F811
+        if work.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(work, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dpo, where, told)
+        code, _, err = run_command("sdpo_train", run.path)
+    assert (code, err.splitlines()[-1]) == (
+        130, "interrupted: what is finished is kept; the same command goes on from there."
+    )  # fmt: skip
+    assert run.steps["step"].to_list() == [1]
+    assert run_command("sdpo_train", run.path)[0] == 0
+    assert run.steps["step"].to_list() == [1, 2]

@@ -3,11 +3,16 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sdpo_data import PartitionConfig, partition_pairs, score_pairs
 from sdpo_data.run import Run
 from sdpo_train import TrainConfig, run_sdpo
+from sdpo_train.arms import ARMS, CORE
+from sdpo_train.config import StepConfig
 from sdpo_train.plan import plan_units
+from sdpo_train.work import count_updates
 from tests.test_steps import FakeStep
 
 CONFIG = TrainConfig(arms=["core", "dpo", "target_from_s", "cumulative", "adaptive"], batch_pairs=2, epochs=2)
@@ -74,3 +79,21 @@ def test_the_command_prints_and_runs_nothing(run, tiny_model, run_command):
     code, _, err = run_command("sdpo_train", run.path, "--json")
     assert (code, err) == (2, "error: --json is how --plan is printed: give both, or neither to train.\n")
     assert not (run.path / "arms").exists()
+
+
+def test_help_names_what_can_be_asked_for(run_command):
+    code, out, err = run_command("sdpo_train", "--help")
+    said = " ".join(out.replace("│", " ").split())
+    assert (code, err) == (0, "")
+    assert f"Arms: {', '.join(ARMS)}." in said
+    for expected in (f"core is {', '.join(CORE)}; all is every one; --plan says", "core (order x reference) or all;",
+                     "in the section trl of train: `trl: {weight_decay: 0.01}`"):  # fmt: skip
+        assert expected in said
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(1, 9), st.integers(1, 3))
+def test_steps_have_at_most_an_update_each_and_epoch_more_than_one_step(sizes, batch, epochs):
+    """As the summary of the arm dpo says; parts of 3, 3 and 2 in updates of 2 have 2 + 2 + 1, and 8 pairs have 4."""
+    config = StepConfig(batch_pairs=batch, epochs=epochs)
+    more = sum(count_updates(size, config) for size in sizes) - count_updates(sum(sizes), config)
+    assert 0 <= more <= epochs * (len(sizes) - 1)

@@ -4,12 +4,13 @@ import polars as pl
 import pytest
 
 from sdpo_data import PartitionConfig, open_run, partition_pairs, score_pairs
+from sdpo_data.difficulty import difficulty_named
 from sdpo_data.models import load_model, model_key, save_model
 from sdpo_data.run import Run
 from sdpo_data.tables import METRICS, PARTITION, STEPS, SdpoError, check
 from sdpo_train.arms import ARMS, CORE, arm_partition, compare_arms, variants
 from sdpo_train.config import TrainConfig
-from sdpo_train.steps import run_sdpo
+from sdpo_train.steps import chain, run_sdpo, tell_parts
 
 
 @pytest.fixture
@@ -279,6 +280,45 @@ def test_every_arm_starts_from_and_refers_to_what_it_declares(inputs, tmp_path, 
     assert [keys.index(work.start_key) for work in fake.seen] == starts
     assert [keys.index(work.reference_key) for work in fake.seen] == references
     assert [work.pairs.height for work in fake.seen] == SIZES.get(arm, [3, 3, 2] if len(starts) == 3 else [8])
+
+
+TOLD = {  # arm -> how a held-out pair's part is told, and of how many pairs each; None: in no way
+    **dict.fromkeys(("sdpo", "sdpo_fixed", "target_from_s"), ("given", [3, 3, 2])),
+    "cumulative": ("given", [3, 3, 2]),  # where a pair comes first
+    "selective": ("rising", [2, 1, 1]),
+    "adaptive": ("rising", [3, 5]),  # the first part is one of S's, the others are not
+    "hard_to_easy": ("falling", [3, 3, 2]),
+    "length_only": ("rising", [3, 3, 2]),
+    **dict.fromkeys(("random", "random_fixed", "stratified", "dpo", "dpo_sorted", "dpo_beta_over_t")),
+}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_how_the_part_of_a_held_out_pair_is_told(inputs, tmp_path, arm):
+    pairs, partition, base = inputs
+    scores, [variant] = score_pairs(pairs, base), variants(TrainConfig(arms=[arm]))
+    told = tell_parts(chain(Run(tmp_path), variant, 0, partition, base, scores), scores)
+    if TOLD[arm] is None:
+        assert told == {}
+        return
+    rows = told["partition"]
+    assert (told["parts"], rows.group_by("step").len().sort("step")["len"].to_list()) == TOLD[arm]
+    measured = scores.select("pair_id", now=difficulty_named(rows["definition"][0]).measure(scores))
+    both = rows.join(measured, on="pair_id", maintain_order="left")
+    assert both["difficulty"].to_list() == pytest.approx(both["now"].to_list())
+    ends = rows.group_by("step").agg(low=pl.col("difficulty").min(), high=pl.col("difficulty").max()).sort("step")
+    low, high = ("high", "low") if told["parts"] == "falling" else ("low", "high")
+    sign = -1 if told["parts"] == "falling" else 1
+    assert (sign * (ends[low][1:] - ends[high][:-1]) >= 0).all()  # no part reaches into the next
+
+
+def test_a_share_over_many_pairs_places_no_single_one(inputs, tmp_path):
+    pairs, _, base = inputs
+    scores = score_pairs(pairs, base)
+    partition = partition_pairs(scores, PartitionConfig(parts=2, by="source", difficulty="reward_accuracy"))
+    for arm, settled in (("sdpo", True), ("length_only", True), ("selective", False)):
+        [variant] = variants(TrainConfig(arms=[arm]))
+        assert bool(tell_parts(chain(Run(tmp_path), variant, 0, partition, base, scores), scores)) is settled, arm
 
 
 def test_the_adaptive_arm_takes_what_is_easiest_under_the_newest_model(inputs, tmp_path):

@@ -12,7 +12,7 @@ SETTINGS = ("beta", "learning_rate", "epochs", "batch_pairs", "loss", "schedule"
 EFFECTS = {
     "order": {"easy to hard": ("sdpo", "sdpo_fixed"), "random": ("random", "random_fixed")},
     "reference": {"moving": ("sdpo", "random"), "fixed": ("sdpo_fixed", "random_fixed")},
-    "interaction": {"sdpo and random_fixed": ("sdpo", "random_fixed"), "the other two": ("sdpo_fixed", "random")},
+    "interaction": {"both or neither": ("sdpo", "random_fixed"), "one alone": ("sdpo_fixed", "random")},
 }
 """Effect of the core factorial -> its two sides, each with the two arms that are averaged; the first minus the second.
 So the interaction is half of (sdpo - sdpo_fixed) - (random - random_fixed), on the scale of the main effects."""
@@ -118,7 +118,7 @@ def describe_order(own: pl.DataFrame, partition: pl.DataFrame) -> dict[str, Any]
         order = "the parts, hardest first"
     else:
         same: Any = (placed["step"] == placed["part"]).mean()
-        order = f"other parts: {100 * same:.0f} % of pairs are where the partition has them"
+        order = f"other parts ({100 * same:.0f} % of pairs as the partition has them)"
     rho = placed.select(pl.corr("rank", "difficulty", method="spearman").fill_nan(None)).item()
     return {"order": f"{order}{f', {100 * share:.0f} % of all' if share < 1 else ''}", "rank_with_difficulty": rho}
 

@@ -50,9 +50,17 @@ def marks(column: str, title: str | None = None) -> tuple[alt.Color, alt.Shape]:
     return alt.Color(f"{column}:N", scale=VIRIDIS, title=title), alt.Shape(f"{column}:N", title=title)
 
 
-def stroke(column: str) -> alt.Stroke:
-    """Colour a line as its marks are, without a second legend."""
-    return alt.Stroke(f"{column}:N", scale=VIRIDIS, legend=None)
+def stroke(column: str, table: pl.DataFrame | None = None) -> alt.Stroke:
+    """Colour a line as its marks are, without a second legend.
+
+    Args:
+        table: what is drawn, where a value may have no line at all, such as an interval that is not known: the
+            colours are then of all its values, as those of the marks are.
+    """
+    if table is None:
+        return alt.Stroke(f"{column}:N", scale=VIRIDIS, legend=None)
+    values = sorted(table[column].drop_nulls().unique().to_list())
+    return alt.Stroke(f"{column}:N", scale=alt.Scale(scheme=VIRIDIS.scheme, domain=values), legend=None)
 
 
 def dash(column: str) -> alt.StrokeDash:
@@ -96,6 +104,32 @@ def held(table: pl.DataFrame) -> alt.Data:
 def styled(chart: Figure, text: str, subtitle: str) -> Figure:
     """Give a figure its title, which says what it shows, and the house's style."""
     return chart.properties(title=alt.Title(text, subtitle=subtitle), config=CONFIG)
+
+
+def minus(value: float, format_: str) -> str:
+    """Write a number for a title, with a true minus sign."""
+    return f"{value:{format_}}".replace("-", "−")
+
+
+def main_arm(table: pl.DataFrame) -> str:
+    """Name the arm that a title speaks of: sdpo where it is there, else the first by name."""
+    arms = sorted(table["arm"].unique().to_list(), key=lambda arm: (arm.rpartition(": ")[2] != "sdpo", arm))
+    return arms[0]
+
+
+def say_ends(chains: pl.DataFrame, what: str, format_: str) -> str:
+    """Say where a value ends for each arm (mean over its seeds), and where it began.
+
+    Args:
+        chains: of `from_base`, with value.
+        what: the value's name, such as "H4".
+    """
+    base = chains.filter(model="base")["value"].to_list()
+    last = chains.filter(pl.col("step") == pl.col("step").max().over("arm", "seed"))
+    ends = last.group_by("arm").agg(pl.col("value").mean()).sort("value", "arm", descending=[True, False]).rows()
+    said = ", ".join(f"{minus(value, format_)} for {arm}" for arm, value in ends[:3])
+    others = f", {len(ends) - 3} more below" if ends[3:] else ""
+    return f"{what} ends at {said}{others}{f', from {minus(base[0], format_)} before step 1' if base else ''}"
 
 
 def drawn_at_random(table: pl.DataFrame, what: str) -> tuple[pl.DataFrame, str]:

@@ -18,24 +18,37 @@ from sdpo_eval.verdict import name_command
 
 LOGGED = {
     "diagnostics": (
-        "Each step's pairs under the base model, the step's reference, and the model it gave",
-        {"margin_base": "nats", "margin_ref_before": "nats", "margin_ref_after": "nats", "margin_change": "nats",
-         "reward_accuracy_base": "share", "reward_accuracy_before": "share", "reward_accuracy_after": "share"},
-    ),
-    "rewards": (
-        "What training did to both answers of each step's pairs: TRL's rewards at the end, and log-probabilities",
-        {"step_rewards/chosen": "beta × nats", "step_rewards/rejected": "beta × nats",
-         "step_rewards/margins": "beta × nats", "step_rewards/accuracies": "share", "displacement/chosen": "nats",
-         "displacement/rejected": "nats", "displacement/chosen_fell": "share"},
+        "Gamma of each step's pairs under the base model, the step's reference, and the model it gave",
+        {name: (name, "nats") for name in ("margin_base", "margin_ref_before", "margin_ref_after", "margin_change")},
     ),
     "divergence": (
-        "How far each step's model went from its reference and from the base model",
-        {"kl_ref/k1": "nats", "kl_ref/k3": "nats", "kl_base/k1": "nats", "kl_base/k3": "nats",
-         "log_ratio_ref/chosen": "nats per token", "log_ratio_ref/rejected": "nats per token",
-         "log_ratio_base/chosen": "nats per token", "log_ratio_base/rejected": "nats per token"},
+        "KL divergence of each step's model from its reference and from the base model",
+        {f"kl_{of}/{k}": (f"from_{name}_{k}", "nats") for of, name in (("ref", "reference"), ("base", "base"))
+         for k in ("k1", "k3")},
+    ),
+    "accuracies": (
+        "Share of each step's pairs with gamma above 0, under the same three models",
+        {"reward_accuracy_base": ("base_model", "share"), "reward_accuracy_before": ("reference", "share"),
+         "reward_accuracy_after": ("model", "share")},
+    ),
+    "rewards": (
+        "TRL's rewards at the end of each step, over all its pairs",
+        {f"step_rewards/{side}": (side, "beta × nats") for side in ("chosen", "rejected", "margins")}
+        | {"step_rewards/accuracies": ("accuracies", "share")},
+    ),
+    "displaced": (
+        "How far each step moved the log-probabilities of its pairs' answers, from where it started",
+        {"displacement/chosen": ("chosen", "nats"), "displacement/rejected": ("rejected", "nats"),
+         "displacement/chosen_fell": ("chosen_fell", "share")},
+    ),
+    "log_ratios": (
+        "Log ratios of the pairs' own answers, each step's model to its reference and to the base model",
+        {f"log_ratio_{of}/{side}": (f"{side}_to_{name}", "nats per token")
+         for of, name in (("ref", "reference"), ("base", "base")) for side in ("chosen", "rejected")},
     ),
 }  # fmt: skip
-"""Table -> its title, and the METRICS in it with their units: what a step logs once, of all its pairs."""
+"""Table -> its title, and the METRICS in it with head and unit: what a step logs once, of all its pairs."""
+OPEN = ("diagnostics", "divergence")  # of these tables; the others are shown folded
 CURVES = {
     "loss": "loss", "grad_norm": "gradient_norms", "rewards/margins": "reward_margins",
     "rewards/accuracies": "reward_accuracies",
@@ -230,8 +243,8 @@ def _logged_tables(evidence: Evidence, logged: pl.DataFrame) -> Iterator[Block]:
         (*row[:3], str(row[3]).removesuffix("/samples")): int(row[4])
         for row in logged.filter(pl.col("name").str.ends_with("/samples")).rows()
     }
-    for table, (title, units) in LOGGED.items():
-        known = logged.filter(pl.col("name").is_in(list(units)))
+    for table, (title, columns) in LOGGED.items():
+        known = logged.filter(pl.col("name").is_in(list(columns)))
         if known.is_empty():
             continue
         rows: dict[tuple[str, int, int], dict[str, Any]] = {}
@@ -239,15 +252,16 @@ def _logged_tables(evidence: Evidence, logged: pl.DataFrame) -> Iterator[Block]:
             unit = row["arm"], row["seed"], row["step"]
             n = samples.get((*unit, row["name"].partition("/")[0]))
             cells = rows.setdefault(unit, dict(zip(UNIT, unit, strict=True)) | {"pairs": pairs.get(unit)})
-            cells[row["name"]] = _logged(row["value"], row["stderr"], n)
-        head = [*UNIT, "pairs", *(name for name in units if name in known["name"])]
-        ordered = [{name: row.get(name) for name in head} for row in rows.values()]
-        yield Table(table, f"{title} ± standard error", ordered, units, folded=len(ordered) > 12)
-        if samples and table == "divergence":
+            cells[columns[row["name"]][0]] = _logged(row["value"], row["stderr"], n)
+        heads = [*UNIT, "pairs", *(head for name, (head, _) in columns.items() if name in known["name"])]
+        ordered = [{head: row.get(head) for head in heads} for row in rows.values()]
+        folded = table not in OPEN or len(ordered) > 12
+        yield Table(table, f"{title} ± standard error", ordered, dict(columns.values()), folded=folded)
+        if table == "divergence":
             yield Prose(
                 "KL divergences are of whole answers that the step's model itself wrote, cut where they grow long, n "
                 "of them: k1 is unbiased and may be negative, k3 is never negative and steadier where the models are "
-                "near. Log ratios are of the pairs' own answers and are no KL divergence."
+                "near. The log ratios below are of the pairs' own answers and are no KL divergence."
             )
 
 

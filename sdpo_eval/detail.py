@@ -10,7 +10,7 @@ from sdpo_eval import plots, plots_chain
 from sdpo_eval.arms import describe_arms
 from sdpo_eval.blocks import Block, Drawing, Estimate, Heading, Prose, Table
 from sdpo_eval.changes import find_changes, find_flips, find_forgetting
-from sdpo_eval.contrasts import METRICS, TITLES, Side, contrast_models, pair_seeds
+from sdpo_eval.contrasts import CHECKPOINTS, METHODS, METRICS, TITLES, Side, contrast_models, pair_seeds
 from sdpo_eval.evidence import Evidence, pair_sides
 from sdpo_eval.held_out import find_best_steps
 from sdpo_eval.margins import HELD_OUT, measure_displacement, summarise_margins
@@ -26,16 +26,15 @@ def tell_arms(evidence: Evidence) -> Iterator[Block]:
     rows = describe_arms(evidence.steps, evidence.orders, evidence.partition, evidence.recipe)
     if not rows:
         return
-    cells = [
-        row
-        | (
-            {}
-            if (rho := row.get("rank_with_difficulty")) is None
-            else {"rank_with_difficulty": Estimate(rho, digits=2, signed=True)}
-        )
-        for row in rows
-    ]
-    yield Table("arms", "What each arm did, read off what it trained on and the weights it started from", cells)
+    sized = ("steps", "seeds", "pairs", "tokens", "updates", "rank_with_difficulty")
+    made = [{name: cell for name, cell in row.items() if name not in sized} for row in rows]
+    yield Table("arms", "What each arm did, read off what it trained on and the weights it started from", made)
+    cells = []
+    for row in rows:
+        rho = row.get("rank_with_difficulty")
+        known = {name: cell for name, cell in row.items() if name in ("arm", *sized)}
+        cells.append(known if rho is None else known | {"rank_with_difficulty": Estimate(rho, digits=2, signed=True)})
+    yield Table("arm_sizes", "How much each arm trained, a seed; tokens are of all epochs", cells)
     sizes = {name: [row[name] for row in rows] for name in ("pairs", "tokens", "updates")}
     unequal = [f"{name} ({min(found):,} to {max(found):,})" for name, found in sizes.items() if min(found) < max(found)]
     if unequal:
@@ -62,14 +61,14 @@ def tell_factorial(evidence: Evidence) -> Iterator[Block]:
     title = TITLES.get(task, task)
     yield Drawing("factorial", lambda: plots.plot_factorial(named, title))
     deciding = named.select("effect_of", "first", "verdict_on").rows()
-    rows = [
-        (
-            row["task"] == task and (row["effect_of"], row["first"], row["verdict_on"]) in deciding,
-            {"effect_of": row["effect_of"]} | contrast_row(row),
-        )
-        for row in effects.iter_rows(named=True)
-    ]
-    about = "Effects of the core factorial, points with 95 % intervals; verdicts adjusted among these effects"
+    hidden = {"verdict_on", "seeds"} if METHODS not in effects["verdict_on"] else set()
+    rows = []
+    for row in effects.iter_rows(named=True):
+        decides = row["task"] == task and (row["effect_of"], row["first"], row["verdict_on"]) in deciding
+        cells = contrast_row(row) | {"contrast": f"{row['effect_of']}: {name_contrast(row)}"}
+        rows.append((decides, {name: cell for name, cell in cells.items() if name not in hidden}))
+    on = f" on {CHECKPOINTS}," if hidden else ""
+    about = f"Effects of the core factorial, points with 95 % intervals; verdicts{on} adjusted among these effects"
     for name, which in (("factorial", True), ("other_factorial", False)):
         own = [row for is_shown, row in rows if is_shown == which]
         if own:

@@ -25,9 +25,12 @@ from sdpo_eval.canvas import (
     held,
     interval,
     lines_by_step,
+    main_arm,
     marks,
+    minus,
     once,
     panels,
+    say_ends,
     stroke,
     styled,
     tooltip,
@@ -51,7 +54,7 @@ def plot_h4(results: pl.DataFrame, chance: float | None = None) -> Figure:
     said = "Mean of the four tasks; the base model is where every arm starts."
     return styled(
         chart.properties(width=WIDTH, height=HEIGHT),
-        _ends(chains),
+        say_ends(chains, "H4", ".1f"),
         f"{said} {BARS}{' Dotted: what guessing scores.' if guess else ''}",
     )
 
@@ -74,7 +77,7 @@ def plot_tasks(results: pl.DataFrame, chance: Mapping[str, float], names: Mappin
     chart = panels([guess, *lines], chains, alt.Facet("task:N", title=None, sort=order)).resolve_scale(y="independent")
     drawn = any(task in chance for task in results["task"])
     subtitle = f"{BARS}{' Dotted: what guessing scores.' if drawn else ''} Each panel has its own scale."
-    return styled(chart, "Each task from the base model through every step", subtitle)
+    return styled(chart, _task_changes(chains, order), subtitle)
 
 
 def plot_contrasts(contrasts: pl.DataFrame, title: str) -> Figure:
@@ -100,7 +103,7 @@ def plot_factorial(effects: pl.DataFrame, title: str) -> Figure:
         title: what to call the task.
     """
     told = [
-        f"{effect} {value:+.1f}".replace("-", "−") + ("" if verdict == "not distinguishable" else f" ({verdict})")
+        f"{effect} {minus(value, '+.1f')}" + ("" if verdict == "not distinguishable" else f" ({verdict})")
         for effect, value, verdict in effects.select("effect_of", "effect", "verdict").rows()
     ]
     none = (effects["verdict"] == "not distinguishable").all()
@@ -113,7 +116,7 @@ def _differences(table: pl.DataFrame, title: str, text: str, of: str) -> Figure:
     y = alt.Y("contrast:N", title=None, sort=table["contrast"].to_list())
     base = alt.Chart().encode(y=y.axis(labelLimit=290, grid=True, ticks=False, domain=False))
     bars = base.mark_rule(strokeWidth=1.5).encode(
-        stroke("verdict"), x=alt.X("low:Q", title=f"difference by {title}, points"), x2="high:Q"
+        stroke("verdict", table), x=alt.X("low:Q", title=f"difference by {title}, points"), x2="high:Q"
     )
     points = base.mark_point(filled=True, size=75, opacity=1).encode(
         *marks("verdict"), x=alt.X("effect:Q", axis=alt.Axis(grid=False, tickCount=8)),
@@ -143,16 +146,20 @@ def plot_paper_scale(models: pl.DataFrame) -> Figure:
     y = alt.Y("model:N", title=None, sort=table.sort("value", descending=True)["model"].to_list())
     base = alt.Chart().encode(y=y.axis(labelLimit=230, grid=True, ticks=False, domain=False))
     bars = base.mark_rule(strokeWidth=1.5).encode(
-        stroke("of"), x=alt.X("low:Q", title="H4, points of 100"), x2="high:Q"
+        stroke("of", table), x=alt.X("low:Q", title="H4, points of 100"), x2="high:Q"
     )
     points = base.mark_point(filled=True, size=75, opacity=1).encode(
         *marks("of"), x=alt.X("value:Q", scale=alt.Scale(zero=False), axis=alt.Axis(grid=False, tickCount=8)),
         tooltip=tooltip("model", "of", ("value", ".2f", "H4"), *BOUNDS),
     )  # fmt: skip
     chart = alt.layer(bars, points, data=held(table)).properties(width=WIDTH, height=17 * table.height)
+    own, paper = (models.filter(pl.col("of") == of) for of in ("this run", "the paper"))
+    best = own.sort("h4", descending=True).row(0, named=True)
+    below = paper.filter(pl.col("h4") < best["h4"]).height
     return styled(
         chart,
-        "Where this run's models stand on the paper's scale",
+        f"This run's best, {best['model']} at {best['h4']:.1f} H4, is above {below or 'none'} of the paper's "
+        f"{paper.height} models",
         "Table 2 of arXiv 2403.19270 beside this run. Other sizes and another harness: for scale, not for comparison.",
     )
 
@@ -184,19 +191,27 @@ def plot_items(changes: pl.DataFrame, names: Sequence[str]) -> Figure:
     drawn = alt.layer(guide(x=alt.datum(0)), chart, data=held(spread.with_columns(pl.col("change").round(4))))
     return styled(
         drawn.properties(width=WIDTH, height=64 * changes["task"].n_unique()),
-        f"What training did to each question: {names[0]} against {names[1]}",
-        f"Right of 0 the right answer became likelier. One mark per question; hover to read it.{sampled}",
+        f"{changes.filter(pl.col('change') > 0).height:,} of {changes.height:,} right answers became likelier; "
+        f"{changes.filter(outcome='became right').height:,} questions became right, "
+        f"{changes.filter(outcome='became wrong').height:,} wrong",
+        f"{names[0]} against {names[1]}: right of 0 the right answer became likelier. "
+        f"One mark per question; hover to read it.{sampled}",
     )
 
 
-def _ends(chains: pl.DataFrame) -> str:
-    """Say where H4 ends for each arm (mean over its seeds), and where it began."""
-    base = chains.filter(model="base")["value"].to_list()
-    last = chains.filter(pl.col("step") == pl.col("step").max().over("arm", "seed"))
-    ends = last.group_by("arm").agg(pl.col("value").mean()).sort("value", "arm", descending=[True, False]).rows()
-    said = ", ".join(f"{value:.1f} for {arm}" for arm, value in ends[:3])
-    others = f", {len(ends) - 3} more below" if ends[3:] else ""
-    return f"H4 ends at {said}{others}{f', from {base[0]:.1f} before step 1' if base else ''}"
+def _task_changes(chains: pl.DataFrame, order: Sequence[str]) -> str:
+    """Say how every task moved from the base model to the last step of one arm, in the mean over its seeds."""
+    arm = main_arm(chains)
+    own = chains.filter(arm=arm)
+    ends = (
+        own.filter(pl.col("step") == pl.col("step").max().over("seed")).group_by("task").agg(end=pl.col("value").mean())
+    )
+    base = own.filter(model="base").group_by("task").agg(start=pl.col("value").mean())
+    moved = dict(base.join(ends, on="task").select("task", pl.col("end") - pl.col("start")).rows())
+    if not moved or own["step"].max() == 0:
+        return "Each task, model by model"
+    said = ", ".join(f"{task} {minus(moved[task], '+.1f')}" for task in dict.fromkeys(order) if task in moved)
+    return f"From the base model to {arm}'s last step: {said} points"
 
 
 def _guess(chance: float) -> alt.Chart:

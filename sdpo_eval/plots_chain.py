@@ -19,15 +19,19 @@ from sdpo_eval.canvas import (
     held,
     interval,
     lines_by_step,
+    main_arm,
     marks,
+    minus,
     once,
     panels,
+    say_ends,
     stroke,
     styled,
     tooltip,
 )
 
 LOG_2 = math.log(2)
+LIGHT = 0.3  # weight of a pair in the gradient that a title counts as small
 
 
 def plot_reference_margins(references: pl.DataFrame) -> Figure:
@@ -46,14 +50,14 @@ def plot_reference_margins(references: pl.DataFrame) -> Figure:
     base = alt.Chart().encode(x=x, xOffset=dodge)
     shown = tooltip("arm", "seed", "step", "reference", ("mean", ".2f", "mean margin [nats]"), *BOUNDS, "n")
     y = alt.Y("low:Q", title="mean margin, gamma [nats]")
-    bars = base.mark_rule(strokeWidth=1.5).encode(stroke("reference"), y=y, y2="high:Q")
+    bars = base.mark_rule(strokeWidth=1.5).encode(stroke("reference", table), y=y, y2="high:Q")
     points = base.mark_point(filled=True, size=80, opacity=1).encode(
         *marks("reference", "judged by"), y="mean:Q", tooltip=shown
     )
     chart = panels([guide(y=alt.datum(0)), bars, points], table, alt.Facet("arm:N", title=None))
     return styled(
         chart,
-        "How far each step's reference prefers the chosen answers of the step's pairs",
+        _say_references(references),
         f"Gamma, the mean of log p(chosen) − log p(rejected), beside what the base model says. {BARS}",
     )
 
@@ -71,7 +75,7 @@ def plot_held_out(held_out: pl.DataFrame) -> Figure:
     chart = alt.layer(guide(y=alt.datum(0)), *lines, data=held(chains))
     return styled(
         chart.properties(width=WIDTH, height=HEIGHT),
-        "How far each model prefers the chosen answers of pairs nobody trained on",
+        say_ends(chains, "Mean gamma on pairs nobody trained on", "+.1f"),
         f"Mean gamma of the same held-out pairs under every model, as in the paper's Figure 2. {BARS}",
     )
 
@@ -98,7 +102,7 @@ def plot_displacement(moved: pl.DataFrame) -> Figure:
     ]
     return styled(
         panels(layers, table, alt.Facet("arm:N", title=None)),
-        "Did the chosen answers become likelier, or only the rejected ones less likely?",
+        _say_displacement(moved),
         f"Mean change of log-probabilities on held-out pairs; a falling chosen line is displacement. {BARS}",
     )
 
@@ -110,12 +114,14 @@ def plot_loss(metrics: pl.DataFrame, *, sigmoid: bool = True) -> Figure:
         metrics: METRICS frame with rows named "loss".
         sigmoid: whether it is the sigmoid loss, which is log 2 where policy and reference agree.
     """
-    said = "Where policy and reference agree on every pair the sigmoid loss is log 2 = 0.6931 (dotted)."
+    said = (
+        "A step that starts from its reference starts at log 2 = 0.6931 (dotted): the sigmoid loss where both agree on "
+        "every pair."
+    )
     return _training_curves(
         metrics.filter(name="loss"), "DPO loss [nats]" if sigmoid else "loss",
         (LOG_2, "log 2 = 0.6931") if sigmoid else None,
-        "Training loss by update; a step that starts from its reference starts at log 2"
-        if sigmoid else "Training loss by update",
+        _say_curve(metrics.filter(name="loss"), "Loss", ".3f"),
         said if sigmoid else "Not the sigmoid loss alone: a step need not start at log 2.",
     )  # fmt: skip
 
@@ -126,9 +132,11 @@ def plot_gradient_norms(metrics: pl.DataFrame) -> Figure:
     Args:
         metrics: METRICS frame with rows named "grad_norm".
     """
+    top = metrics.filter(name="grad_norm").sort("value", descending=True).row(0, named=True)
+    where = f"update {top['update']} of {top['arm']} step {top['step']}"
     return _training_curves(
         metrics.filter(name="grad_norm"), "gradient norm", None,
-        "The gradient's norm by update",
+        f"The largest gradient norm is {top['value']:.3g}, at {where}",
         "Before clipping, over all trained weights. A jump that the loss follows asks for a lower learning rate.",
     )  # fmt: skip
 
@@ -142,8 +150,9 @@ def plot_reward_margins(metrics: pl.DataFrame) -> Figure:
     """
     return _training_curves(
         metrics.filter(name="rewards/margins"), "rewards/margins", (0.0, "0: policy = reference"),
-        "How far training separated the answers, beyond the step's reference",
-        "TRL's rewards/margins: beta × (margin of the policy − margin of its reference).",
+        _say_curve(metrics.filter(name="rewards/margins"), "Reward margins", ".2f"),
+        "How far training separated the answers beyond the step's reference. TRL's rewards/margins: "
+        "beta × (margin of the policy − margin of its reference).",
     )  # fmt: skip
 
 
@@ -155,9 +164,9 @@ def plot_reward_accuracies(metrics: pl.DataFrame) -> Figure:
     """
     return _training_curves(
         metrics.filter(name="rewards/accuracies"), "rewards/accuracies", (0.5, "0.5: a coin"),
-        "How many of an update's pairs the policy separates better than its reference",
-        "TRL's rewards/accuracies, of one update's pairs. Where a step starts from its reference the first value is of "
-        "margins that are 0 up to rounding, and says nothing.",
+        _say_curve(metrics.filter(name="rewards/accuracies"), "Reward accuracies", ".2f"),
+        "Share of an update's pairs with a reward margin above 0. Where a step starts from its reference, margins are "
+        "0 up to rounding at first.",
     )  # fmt: skip
 
 
@@ -181,7 +190,7 @@ def plot_weights(weights: pl.DataFrame) -> Figure:
     ]
     return styled(
         panels(layers, weights, alt.Facet("arm:N", title=None)),
-        "How hard the pairs still pull after each step",
+        _say_weights(weights),
         "A pair's weight in the gradient: 0.5 where policy and reference agree, near 0 where it is learnt.",
     )
 
@@ -212,3 +221,46 @@ def _training_curves(
     chart = panels([*beside, lines, points], table, alt.Facet("arm:N", title=None))
     thinned = f" One update in {every} is drawn." if every > 1 else ""
     return styled(chart, text, subtitle + thinned)
+
+
+def _say_curve(metric: pl.DataFrame, what: str, format_: str) -> str:
+    """Say of each arm's last step at which value its first and its last update stand, in the mean over seeds."""
+    last = metric.filter(pl.col("step") == pl.col("step").max().over("arm", "seed")).sort("update")
+    ends = last.group_by("arm", "seed").agg(
+        pl.col("value").first().alias("first"), pl.col("value").last().alias("last")
+    )
+    means = ends.group_by("arm").agg(pl.col("first", "last").mean())
+    ordered = means.sort(pl.col("arm") != main_arm(means), "arm").rows()
+    said = ", ".join(f"{minus(first, format_)} to {minus(end, format_)} ({arm})" for arm, first, end in ordered[:3])
+    others = f", {len(ordered) - 3} more arms below" if ordered[3:] else ""
+    return f"{what} over the last step: {said}{others}"
+
+
+def _say_references(references: pl.DataFrame) -> str:
+    """Say what the base model and its own reference think of the last step's pairs, of one arm."""
+    own = references.filter(pl.col("arm") == main_arm(references))
+    last = own.filter(pl.col("step") == pl.col("step").max())
+    means = dict(last.group_by("reference").agg(pl.col("mean").mean()).rows())
+    said = ", ".join(
+        f"{minus(value, '+.1f')} nats by its {name}" for name, value in sorted(means.items(), reverse=True)
+    )
+    said = said.replace("its base model", "the base model")
+    return f"Mean gamma of the pairs of {own['arm'][0]} step {last['step'][0]}: {said}"
+
+
+def _say_displacement(moved: pl.DataFrame) -> str:
+    """Say how far both answers moved by one arm's last step, in the mean over seeds."""
+    own = moved.filter(pl.col("arm") == main_arm(moved))
+    last = own.filter(pl.col("step") == pl.col("step").max())
+    means = dict(last.group_by("answer").agg(pl.col("mean").mean()).rows())
+    said = ", ".join(f"{answer} answers {minus(value, '+.1f')} nats" for answer, value in sorted(means.items()))
+    return f"By {own['arm'][0]} step {last['step'][0]} since the base model: {said}"
+
+
+def _say_weights(weights: pl.DataFrame) -> str:
+    """Say how many pairs of one arm's last step weigh little: below 0.3, where each began at 0.5."""
+    own = weights.filter(pl.col("arm") == main_arm(weights))
+    last = own.filter(pl.col("step") == pl.col("step").max())
+    light = pl.col("weight").str.extract(r"-([\d.]+)$").cast(pl.Float64) <= LIGHT
+    share = last.group_by("seed").agg(pl.col("share").filter(light).sum())["share"].mean()
+    return f"After {own['arm'][0]} step {last['step'][0]} {share:.0f} % of its pairs weigh below {LIGHT}, from 0.5 each"

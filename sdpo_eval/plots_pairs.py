@@ -14,6 +14,7 @@ from sdpo_eval.canvas import (
     guide,
     held,
     marks,
+    minus,
     stroke,
     styled,
     tooltip,
@@ -81,7 +82,7 @@ def plot_difficulties(partition: pl.DataFrame, unit: str) -> Figure:
     chart = alt.layer(thin, thick, points, data=held(table)).properties(width=WIDTH, height=max(60, rows))
     return styled(
         chart,
-        "How hard each source's pairs are, part by part",
+        _say_medians(partition),
         f"Mark: median; thick: the middle half; thin: 90 % of the pairs.{left_out}",
     )
 
@@ -115,7 +116,7 @@ def plot_margin_curves(scores: pl.DataFrame, partition: pl.DataFrame) -> Figure:
     )
     return styled(
         alt.layer(guide(x=alt.datum(0)), chart, data=held(curves)).properties(width=WIDTH, height=HEIGHT),
-        "How many pairs of each step the base model already has right",
+        _say_right(table),
         "Cumulative shares of margins; where a curve crosses 0 is the share the base model gets wrong.",
     )
 
@@ -150,7 +151,11 @@ def plot_length_confound(scores: pl.DataFrame, partition: pl.DataFrame, texts: p
     )  # fmt: skip
     hover = " Hover to read it." if texts is not None else ""
     said = f"One mark per pair; a slope means that the order is partly an order of lengths.{hover}{sampled}"
-    return styled(chart, "Does the difficulty merely measure length?", said)
+    rho = table.select(pl.corr("tokens", "difficulty", method="spearman").fill_nan(None)).item()
+    text = (
+        "Difficulty and length" if rho is None else f"Rank correlation of difficulty with length: {minus(rho, '+.2f')}"
+    )
+    return styled(chart, f"{text}, {table.height:,} pairs", said)
 
 
 def plot_definitions(definitions: pl.DataFrame) -> Figure:
@@ -187,6 +192,37 @@ def plot_definitions(definitions: pl.DataFrame) -> Figure:
     sampled = definitions["tau_pairs"][0]
     return styled(
         alt.layer(squares, numbers).properties(width=WIDTH, height=34 * len(names)),
-        "Which definitions of difficulty order the pairs alike",
+        _say_agreement(definitions, names),
         f"1: the same order; −1: the opposite one; 0: nothing in common. {sampled:,} pairs.",
     )
+
+
+def _say_medians(partition: pl.DataFrame) -> str:
+    """Say from where to where the median difficulty goes, from the first step to the last."""
+    (first, low), *_, (last, high) = 2 * _by_step(partition, pl.col("difficulty").median())
+    if first == last:
+        return f"The median pair has a difficulty of {minus(low, '.2f')}"
+    moved = "rises" if high > low else "falls" if high < low else "goes"
+    return f"Median difficulty {moved} from {minus(low, '.2f')} in step {first} to {minus(high, '.2f')} in step {last}"
+
+
+def _say_right(table: pl.DataFrame) -> str:
+    """Say how many pairs of the first and of the last step the base model has right."""
+    (first, low), *_, (last, high) = 2 * _by_step(table, 100 * (pl.col("margin") > 0).mean())
+    also = "" if first == last else f", and {high:.0f} % of step {last}'s"
+    return f"The base model already has {low:.0f} % of step {first}'s pairs right{also}"
+
+
+def _by_step(table: pl.DataFrame, value: pl.Expr) -> list[tuple[int, float]]:
+    return table.group_by("step").agg(value.alias("_value")).sort("step").rows()
+
+
+def _say_agreement(definitions: pl.DataFrame, names: list[str]) -> str:
+    """Say which two definitions order the pairs most alike, and which least."""
+    rows = {row["definition"]: row for row in definitions.iter_rows(named=True)}
+    pairs = [(rows[a][b], a, b) for place, a in enumerate(names) for b in names[place + 1 :] if rows[a][b] is not None]
+    if not pairs:
+        return "Which definitions of difficulty order the pairs alike"
+    (most, a, b), (least, c, d) = max(pairs), min(pairs)
+    also = f", {c} and {d} least ({minus(least, '+.2f')})" if pairs[1:] else ""
+    return f"{a} and {b} order the pairs most alike (tau {minus(most, '+.2f')}){also}"

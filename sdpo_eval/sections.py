@@ -111,7 +111,7 @@ def _findings(evidence: Evidence) -> Iterator[Block]:
     fine = ", ".join(asked.filter(severity="fine")["check"])
     if found.height:
         yield Drawing("findings", lambda: plots_pairs.plot_findings(found))
-        rows = [row | {"share": f"{100 * row['share']:.1f}"} for row in found.drop("pair_id").iter_rows(named=True)]
+        rows = [row | {"share": Estimate(100 * row["share"])} for row in found.drop("pair_id").iter_rows(named=True)]
         yield Table("findings", "What pairs have, and what to do", rows, {"share": "%"}, folded=len(rows) > 6)
     yield Prose(f"Asked and not found: {fine or 'nothing'}.")
     yield Prose(f"{bias['check'].capitalize()}: {bias['remedy']}.")
@@ -183,12 +183,15 @@ def _phases(evidence: Evidence) -> Iterator[Block]:
         cells = rows.setdefault((arm, seed, step), dict(zip(UNIT, (arm, seed, step), strict=True)))
         cells[name.removeprefix("cost/").removesuffix("_seconds").removesuffix("_mib")] = round(value)
     if rows:
+        heads = [*UNIT, "reference", "train", "diagnose", "peak_memory"]
+        heads += sorted({name for cells in rows.values() for name in cells} - {*heads})
+        ordered = [{name: cells.get(name) for name in heads} for cells in rows.values()]
         units = {"reference": "s", "train": "s", "diagnose": "s", "peak_memory": "MiB"}
         title = (
             "Time of each step's phases, and memory: reference loads models and scores under the reference what is not "
             "scored yet, diagnose scores the step's pairs again"
         )
-        yield Table("phases", title, list(rows.values()), units, folded=len(rows) > 12)
+        yield Table("phases", title, ordered, units, folded=len(rows) > 12)
     if not any("peak_memory" in row for row in rows.values()):
         yield Prose("Peak memory was not recorded by this run.")
 

@@ -94,18 +94,21 @@ def tell_each(runs: Sequence[Evidence], tell: Callable[[Evidence], Iterator[Bloc
         if twin is not None:
             yield Prose(f"The same pairs, parts and scores as {names[twin]}.")
             continue
-        for block in number_blocks(tell(run), number):
+        kept = (block for block in tell(run) if not (isinstance(block, Drawing) and block.name in LEFT_OUT))
+        for block in number_blocks(kept, number):
             if isinstance(block, Heading):
                 yield Heading(f"{name}: {block.text}")
-            elif not isinstance(block, Quotes) and getattr(block, "name", "") not in LEFT_OUT:
+            elif not isinstance(block, Quotes):
                 yield block
 
 
 def number_blocks(blocks: Iterable[Block], number: int) -> Iterator[Block]:
     """Give tables and figures the number of their run: names are ids in the page and keys in the JSON."""
     for block in blocks:
-        numbered = isinstance(block, Table | Drawing) and block.name not in LEFT_OUT
-        yield replace(block, name=f"{block.name}_{number}") if numbered else block
+        if isinstance(block, Table | Drawing):
+            yield replace(block, name=f"{block.name}_{number}")
+        else:
+            yield block
 
 
 def _same_data(one: Evidence, two: Evidence) -> bool:

@@ -138,7 +138,7 @@ def test_the_core_factorial_is_judged_on_methods_from_five_seeds_that_all_four_a
     [
         ("abcdef", "111222", "the parts, easiest first", 1.0),
         ("fedcba", "111222", "the parts, hardest first", -1.0),
-        ("bafced", "111222", "other parts: 67 % of pairs are where the partition has them", 1 - 6 * 16 / 210),
+        ("bafced", "111222", "other parts (67 % of pairs as the partition has them)", 1 - 6 * 16 / 210),
         ("abcdef", "111111", "all pairs in one step", 1.0),
         ("abcabcdef", "111222222", "growing: each step trains on its part and all before it", None),
         ("abcd", "1112", "the parts, easiest first, 67 % of all", 1.0),

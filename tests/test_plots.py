@@ -7,7 +7,7 @@ import pytest
 from made_run import make_run
 
 from sdpo_data.run import Run
-from sdpo_data.tables import METRICS, RESULTS
+from sdpo_data.tables import METRICS, PARTITION, RESULTS
 from sdpo_eval import canvas, plots, plots_chain, plots_pairs
 from sdpo_eval.evidence import measure_drift, read_evidence
 from sdpo_eval.margins import measure_displacement
@@ -168,11 +168,85 @@ def test_h4_title_says_where_every_arm_ends():
     assert "guessing" in title["subtitle"]
 
 
+def title_of(chart) -> str:
+    return chart.to_dict()["title"]["text"]
+
+
+def test_titles_of_the_training_say_what_it_did():
+    # step 2, the last, goes from 2.1 to 2.2; of arm b, named after it, from 1.1 to 1.3; the largest value is 2.2
+    metrics = pl.concat(
+        [metrics_of("loss", step_1=3, step_2=2), metrics_of("loss", step_1=3).with_columns(arm=pl.lit("b"))]
+    )
+    assert title_of(plots_chain.plot_loss(metrics)) == "Loss over the last step: 2.100 to 2.200 (a), 1.100 to 1.300 (b)"
+    norms = metrics.with_columns(name=pl.lit("grad_norm"))
+    assert (
+        title_of(plots_chain.plot_gradient_norms(norms)) == "The largest gradient norm is 2.2, at update 2 of a step 2"
+    )
+    sdpo = metrics.with_columns(arm=pl.col("arm").replace({"b": "sdpo"}), name=pl.lit("rewards/margins"))
+    said = title_of(plots_chain.plot_reward_margins(sdpo))
+    assert said == "Reward margins over the last step: 1.10 to 1.30 (sdpo), 2.10 to 2.20 (a)"
+    weights = pl.DataFrame(
+        [("a", 0, 2, "0.2-0.3", 25.0), ("a", 0, 2, "0.4-0.5", 75.0), ("a", 0, 1, "0.0-0.1", 100.0)],
+        ["arm", "seed", "step", "weight", "share"], orient="row",
+    )  # fmt: skip
+    assert (
+        title_of(plots_chain.plot_weights(weights)) == "After a step 2 25 % of its pairs weigh below 0.3, from 0.5 each"
+    )
+
+
+def test_log_2_is_left_out_of_another_loss():
+    spec = plots_chain.plot_loss(metrics_of("loss", step_1=2), sigmoid=False).to_dict()
+    assert not any("datum" in encoding.get("y", {}) for encoding in encodings_of(spec))
+    assert "need not start at log 2" in spec["title"]["subtitle"]
+
+
+def test_titles_of_the_scores_say_what_changed():
+    rows = [
+        ("base", 0, "x", 40.0),
+        ("a", 1, "x", 44.0),
+        ("a", 2, "x", 41.5),
+        ("base", 0, "y", 30.0),
+        ("a", 2, "y", 28.0),
+    ]
+    results = pl.DataFrame(
+        [(arm, 0, step, "key", "p@1", task, "acc", value, 1.0, 99, 99, "all") for arm, step, task, value in rows],
+        RESULTS, orient="row",
+    )  # fmt: skip
+    said = title_of(plots.plot_tasks(results, {}, {"x": "X", "y": "Y"}))
+    assert said == "From the base model to a's last step: X +1.5, Y −2.0 points"
+    changes = pl.DataFrame(
+        [("x", "q", "right in both", 1.0), ("x", "q", "became right", 2.0), ("x", "q", "became wrong", -1.0)],
+        ["task", "question", "outcome", "change"], orient="row",
+    )  # fmt: skip
+    said = title_of(plots.plot_items(changes, ("a", "base")))
+    assert said == "2 of 3 right answers became likelier; 1 questions became right, 1 wrong"
+
+
+def test_titles_of_the_pairs_say_how_hard_they_are(scores):
+    # margins a +1, b -3, c +1, d -9, e +4; longer by a 2, b 1, c -1, d 7, e -3 tokens. By difficulty e, a, c, b, d the
+    # lengths rank 1, 4, 2, 3, 5: rho = 1 - 6 * (0 + 4 + 1 + 1 + 0) / 120 = 0.7
+    order = {"e": 0.0, "a": 1.0, "c": 2.0, "b": 3.0, "d": 5.0}
+    parts = pl.DataFrame(
+        [(i, "s", 1 + (place > 2), place, hard, "mine") for place, (i, hard) in enumerate(order.items())],
+        PARTITION, orient="row",
+    )  # fmt: skip
+    said = title_of(plots_pairs.plot_difficulties(parts, "nats"))
+    assert said == "Median difficulty rises from 1.00 in step 1 to 4.00 in step 2"
+    said = title_of(plots_pairs.plot_margin_curves(scores, parts))
+    assert said == "The base model already has 100 % of step 1's pairs right, and 0 % of step 2's"
+    said = title_of(plots_pairs.plot_length_confound(scores, parts))
+    assert said == "Rank correlation of difficulty with length: +0.70, 5 pairs"
+    one = parts.filter(step=1)
+    assert title_of(plots_pairs.plot_difficulties(one, "nats")) == "The median pair has a difficulty of 1.00"
+
+
 def test_models_stand_among_the_papers(evidence):
     models = pl.DataFrame({"model": ["mine"], "of": ["this run"], "h4": [50.0], "stderr": [1.0]})
     paper = TABLE_2.select("model", pl.lit("the paper").alias("of"), "h4", stderr=pl.lit(None, pl.Float64))
     rows = rows_of(plots.plot_paper_scale(pl.concat([models, paper])))
     assert len(rows) == 17
+    said = title_of(plots.plot_paper_scale(pl.concat([models, paper])))
+    assert said == "This run's best, mine at 50.0 H4, is above none of the paper's 16 models"
     assert rows[0]["low"] == pytest.approx(48.04, abs=0.001)  # 50 - 1.96
     tasks = ["arc_challenge", "hellaswag", "mmlu", "truthfulqa_mc2"]
     means = TABLE_2.with_columns(mean=pl.mean_horizontal(tasks))
@@ -205,6 +279,8 @@ def test_displacement_by_hand(scores):
         rejected_logp=pl.col("rejected_logp") - 3,
     )  # fmt: skip
     moved = measure_displacement(pl.concat([held, later]))
+    said = "By a step 1 since the base model: chosen answers −1.0 nats, rejected answers −3.0 nats"
+    assert title_of(plots_chain.plot_displacement(moved)) == said
     assert moved.select("arm", "step", "answer", "mean", "n").rows() == [
         ("a", 1, "chosen", -1.0, 5), ("a", 1, "rejected", -3.0, 5),
     ]  # fmt: skip

@@ -240,9 +240,12 @@ def test_the_arms_are_told_by_what_they_did(tmp_path):
     assert (arms["sdpo"]["beta"], arms["dpo"]["beta"]) == ("0.1", "0.05")
     assert "learning_rate" not in arms["dpo"]  # which no arm has of its own
     tokens = pl.read_parquet(run / "arms/dpo/seed_0/steps.parquet")["tokens"][0]
-    assert (arms["dpo"]["pairs"], arms["dpo"]["tokens"], arms["dpo"]["updates"]) == (160, tokens, 8)
+    sizes = report.table("arm_sizes").filter(arm="dpo").row(0, named=True)
+    assert [sizes[name] for name in ("pairs", "tokens", "updates")] == ["160", f"{tokens:,}", "8"]
     assert any(text.startswith("The arms are not equal in updates (8 to 16)") for text in report.warnings)
-    assert report.table("factorial")["effect_of"].to_list() == ["order", "reference", "interaction"]
+    assert report.table("factorial")["contrast"].to_list() == [
+        "order: easy to hard − random", "reference: moving − fixed", "interaction: both or neither − one alone",
+    ]  # fmt: skip
     assert 'id="figure-factorial"' in report.html()
     assert "The core factorial, points of H4: order (easy to hard − random)" in said(run)
 
@@ -356,10 +359,10 @@ def test_what_training_logged_is_told_with_its_standard_error(run):
     assert 1.5 <= value["margin_change"] <= 13.5
     assert rows["sdpo", 2]["pairs"] == 80
     rows = {(row["arm"], row["step"]): row for row in tables["divergence"]["rows"]}
-    assert rows["sdpo", 2]["kl_ref/k1"] == {"value": 0.75, "stderr": pytest.approx(0.25), "n": 2}
-    assert rows["sdpo", 2]["kl_base/k1"] == {"value": 1.5, "stderr": pytest.approx(0.5), "n": 2}
-    assert rows["dpo", 1]["log_ratio_ref/chosen"]["value"] < 0
-    assert tables["rewards"]["rows"][2]["step_rewards/chosen"]["value"] == pytest.approx(-0.05)  # beta 0.1 times -0.5
+    assert rows["sdpo", 2]["from_reference_k1"] == {"value": 0.75, "stderr": pytest.approx(0.25), "n": 2}
+    assert rows["sdpo", 2]["from_base_k1"] == {"value": 1.5, "stderr": pytest.approx(0.5), "n": 2}
+    assert tables["log_ratios"]["rows"][0]["chosen_to_reference"]["value"] < 0
+    assert tables["rewards"]["rows"][2]["chosen"]["value"] == pytest.approx(-0.05)  # beta 0.1 times -0.5
     told = {row["what"]: row for row in tables["logged_forgetting"]["rows"]}
     assert told["part_1/margin_change"]["value"]["value"] == pytest.approx(value["forgetting/part_1/margin_change"])
 

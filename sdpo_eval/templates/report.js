@@ -7,6 +7,9 @@
   addEventListener("unhandledrejection", (event) => note(event.reason));
   document.addEventListener("securitypolicyviolation", (event) => note(`${event.violatedDirective}: ${event.blockedURI}`));
 
+  // On a phone the name of a difference takes two lines.
+  const TWO_LINES = { labelFontSize: 11, labelLineHeight: 12, labelExpr: "split(replace(datum.label, ' \u2212 ', '|\u2212 '), '|')" };
+
   // Panels stand side by side where there is room; colours keep away from the end that the paper swallows.
   function fit(spec, width) {
     if (spec.facet) {
@@ -19,9 +22,11 @@
       spec.autosize = { type: "fit-x", contains: "padding" };
     }
     const narrow = width < 560;
+    if (narrow && spec.layer?.some((layer) => layer.encoding?.y?.field === "contrast")) spec.height *= 1.3;
     if (narrow) spec.config.legend = { ...spec.config.legend, direction: "vertical", orient: "bottom", titleOrient: "top" };
     return JSON.parse(JSON.stringify(spec), (key, value) =>
-      key === "labelLimit" && narrow ? Math.min(value, 120) :
+      key === "labelLimit" && narrow ? Math.min(value, 130) :
+      key === "axis" && narrow && value?.labelLimit ? { ...value, ...TWO_LINES } :
       key === "scheme" && value.name === "viridis" ? { name: "viridis", extent: dark.matches ? [0.2, 1] : [0, 0.9] } : value);
   }
 

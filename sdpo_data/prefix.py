@@ -369,7 +369,7 @@ def _probe(model: "PreTrainedModel", length: int) -> Reading:
         noise = (run_head(model, padded).log_softmax(-1) - split.log_softmax(-1)).abs().max()
         allowed = max(allowed, 3 * float(noise))
         for flex in (True, False) if model.device.type in FLEX else (False,):
-            fits = min(length, _window(model))
+            fits = min(length, window_length(model))
             while fits and not all(
                 _tree_is_right(model, ids, depth, allowed, flex=flex) for depth in {min(fits, PROBE), fits}
             ):
@@ -422,7 +422,7 @@ def _states(model: "PreTrainedModel", ids: np.ndarray) -> "torch.Tensor":
     return model.base_model(input_ids=inputs, use_cache=False).last_hidden_state[0]
 
 
-def _window(model: "PreTrainedModel") -> int:
+def window_length(model: "PreTrainedModel") -> int:
     """Longest sequence that lies within every window the config names: a tree's mask knows of none."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)

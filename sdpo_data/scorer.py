@@ -10,7 +10,7 @@ import polars as pl
 
 from sdpo_data import workers
 from sdpo_data.console import progress
-from sdpo_data.prefix import plan_work, row_tokens, score_bin
+from sdpo_data.prefix import plan_work, read_model, row_tokens, score_bin, window_length
 from sdpo_data.store import PLAN, SHARD, ScoreStore
 from sdpo_data.tables import SdpoError
 from sdpo_data.throughput import Work
@@ -60,7 +60,7 @@ def complete(requests: dict[str, Request], scorer: Scorer) -> pl.DataFrame:
         SHARD rows, one per request.
     """
     store, keys = scorer.store, list(requests)
-    known = store.find(keys, token_logps=scorer.token_logps)
+    known = _believed(store.find(keys, token_logps=scorer.token_logps), requests, scorer)
     plan = workers.share(_plan(requests, set(known["request"]), scorer))
     bins = plan.partition_by("bin", maintain_order=True)
     missing = plan["request"].to_list()
@@ -93,7 +93,7 @@ def _plan(requests: dict[str, Request], known: set[str], scorer: Scorer) -> pl.D
         return PLAN.to_frame()
     size = row_tokens(scorer.model, scorer.token_budget)
     wanted = pl.col("request").is_in(list(missing)) & (pl.col("row_tokens") == size)
-    begun = scorer.store.unfinished().filter(wanted.all().over("bin"))
+    begun = _exact(scorer.store.unfinished().filter(wanted.all().over("bin")), requests, scorer)
     going_on = set(begun["request"])
     rest = [key for key in missing if key not in going_on]
     places = plan_work(scorer.model, [missing[key] for key in rest], scorer.token_budget) if rest else []
@@ -103,6 +103,27 @@ def _plan(requests: dict[str, Request], known: set[str], scorer: Scorer) -> pl.D
         name = hashlib.sha256(f"{size} {bin_.packed} {' '.join(own)}".encode()).hexdigest()[:32]
         rows += [(name, place, key, bin_.packed, size, bin_.tokens) for place, key in enumerate(own)]
     return pl.concat([begun, pl.DataFrame(rows, PLAN, orient="row")])
+
+
+def _believed(known: pl.DataFrame, requests: dict[str, Request], scorer: Scorer) -> pl.DataFrame:
+    """Leave out SHARD rows that do not say how they were computed, where that matters: past a sliding window.
+
+    Such a tree would be wrong, and a probe could overlook it once. All others are what they would be today.
+    """
+    past = pl.Series(
+        [len(requests[key][0]) > window_length(scorer.model) for key in known["request"]], dtype=pl.Boolean
+    )
+    return known.filter(~(past & known["packed"].is_null()))
+
+
+def _exact(begun: pl.DataFrame, requests: dict[str, Request], scorer: Scorer) -> pl.DataFrame:
+    """Leave out bins of PLAN rows that would be computed as trees longer than the model can be read in today."""
+    if begun.is_empty():
+        return begun
+    lengths = [len(requests[key][0]) for key in begun["request"]]
+    longest = read_model(scorer.model, max(lengths)).packed_length
+    too_long = begun["packed"] & (pl.Series(lengths, dtype=pl.Int64) > longest)
+    return begun.filter(~pl.lit(too_long).any().over("bin"))
 
 
 def _compute(bin_: pl.DataFrame, requests: dict[str, Request], scorer: Scorer, advance: Any) -> pl.DataFrame:
@@ -125,6 +146,7 @@ def _compute(bin_: pl.DataFrame, requests: dict[str, Request], scorer: Scorer, a
         bin="bin",
         place="place",
         row_tokens="row_tokens",
+        packed="packed",
         token_logps=pl.Series(
             [completion.logps if scorer.token_logps else None for completion in completions], dtype=SHARD["token_logps"]
         ),

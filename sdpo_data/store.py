@@ -34,6 +34,7 @@ SHARD = pl.Schema(
         "bin": pl.String,  # the bin it was computed in: the same bin again gives the same bits
         "place": pl.Int32,  # its place in that bin
         "row_tokens": pl.Int32,  # tokens of a forward pass there
+        "packed": pl.Boolean,  # as a prefix tree; if not, as a padded batch; null in shards of before it was kept
         "token_logps": pl.List(pl.Float32),  # of each completion token, where they were asked for
     }
 )
@@ -154,12 +155,15 @@ class ScoreStore:
         if hashlib.sha256(content).hexdigest()[:32] != path.stem:
             log.warning("%s is damaged (its name is a hash of its content): its answers are not used", path)
             return None
-        return pl.read_parquet(BytesIO(content)).select(list(SHARD)).cast(dict(SHARD))  # type: ignore[arg-type]
+        rows = pl.read_parquet(BytesIO(content))
+        if "packed" not in rows.columns:
+            rows = rows.with_columns(packed=pl.lit(None, pl.Boolean))
+        return rows.select(list(SHARD)).cast(dict(SHARD))  # type: ignore[arg-type]
 
 
 def _each_once(frames: Iterable[pl.DataFrame]) -> pl.DataFrame:
-    """Give SHARD rows with each request once, by its fullest row."""
-    rows = pl.concat(frames).sort(pl.col("token_logps").is_null(), maintain_order=True)
+    """Give SHARD rows with each request once, by the row that says most: how it was computed, and of each token."""
+    rows = pl.concat(frames).sort(pl.col("packed", "token_logps").is_null(), maintain_order=True)
     return rows.unique("request", keep="first", maintain_order=True)
 
 

@@ -81,7 +81,7 @@ def test_every_model_gives_what_a_plain_forward_gives(name):
 
 def test_a_window_is_found_without_the_config_naming_it(monkeypatch):
     """Halving from 44: 22 is past the window of 16, 11 is within."""
-    monkeypatch.setattr(prefix, "_window", lambda _: 2**31)
+    monkeypatch.setattr(prefix, "window_length", lambda _: 2**31)
     assert read_model(build("mistral"), 44).packed_length == 11
 
 
@@ -102,12 +102,12 @@ def test_nothing_is_read_in_a_tree_past_a_window_that_the_config_names():
 ])  # fmt: skip
 def test_only_a_window_that_some_layer_uses_counts(config, window):
     model = type("Model", (), {"config": config})
-    assert prefix._window(model) == window
+    assert prefix.window_length(model) == window
 
 
 def test_other_weights_of_one_config_are_measured_by_themselves(monkeypatch, own_cache):
     """Weights a thousandth of the usual ones hide a window of 16 that is not named; the usual ones show it."""
-    monkeypatch.setattr(prefix, "_window", lambda _: 2**31)
+    monkeypatch.setattr(prefix, "window_length", lambda _: 2**31)
     flat, usual = build("mistral"), build("mistral")
     for weight in flat.parameters():
         weight.data *= 1e-3

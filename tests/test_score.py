@@ -1,5 +1,6 @@
 """Scores: by hand, against a plain forward, against TRL's own reference pass."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -7,12 +8,14 @@ import shutil
 import polars as pl
 import pytest
 import torch
+import transformers
 
 from sdpo_data.encode import encode_pairs
-from sdpo_data.models import load_model, model_key
+from sdpo_data.models import load_model, load_tokenizer, model_key
 from sdpo_data.pairs import read_pairs
 from sdpo_data.prefix import score_bin
 from sdpo_data.score import ScoreConfig, rescore_sample, score_and_drop, score_pairs
+from sdpo_data.store import PLAN, ScoreStore
 from sdpo_data.tables import SCORES, SdpoError, check
 from sdpo_data.tree import request_key
 
@@ -213,22 +216,77 @@ def test_a_killed_scoring_goes_on_with_the_very_same_bins(tiny_model, pairs, mon
     assert list((tmp_path / "broken").glob("*/plans/*")) == []
 
 
-def test_the_store_tells_how_to_compute_its_bits_again(tiny_model, pairs, monkeypatch, tmp_path):
-    """bin, place and row_tokens are the plan: any one bin, computed from them alone, gives the stored bits."""
+@pytest.fixture
+def windowed(tiny_model):
+    """A model with the tiny one's tokenizer that sees 40 tokens back: all pairs but the shortest are longer."""
+    tokenizer = load_tokenizer(tiny_model)
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, sliding_window=40,
+    )  # fmt: skip
+    return transformers.MistralForCausalLM(config).eval(), tokenizer
+
+
+def requests_of(pairs, tokenizer):
+    encoded = encode_pairs(pairs, tokenizer, 1024, "drop")
+    sides = [encoded.select("prompt_ids", f"{side}_ids").rows() for side in ("chosen", "rejected")]
+    found = [(prompt + answer, len(prompt)) for side in sides for prompt, answer in side]
+    return {request_key(request): request for request in found}
+
+
+@pytest.mark.parametrize("budget, ways", [(16, {True}), (100, {True, False})], ids=["trees", "with padded batches"])
+def test_the_store_tells_how_to_compute_its_bits_again(
+    budget, ways, tiny_model, windowed, pairs, monkeypatch, tmp_path
+):
+    """bin, place, row_tokens and packed are the plan: any one bin, computed from them alone, gives the stored bits."""
     monkeypatch.setattr("sdpo_data.tree.BIN_ROWS", 2)
-    score_pairs(pairs, tiny_model, ScoreConfig(token_budget=16, store=str(tmp_path / "store")))
+    model, tokenizer = windowed if False in ways else load_model(tiny_model)
+    score_pairs(pairs, (model, tokenizer), ScoreConfig(token_budget=budget, store=str(tmp_path / "store")))
     rows = pl.concat([pl.read_parquet(path) for path in (tmp_path / "store").glob("*/*.parquet")])
     assert rows["bin"].n_unique() > 2
-    model, tokenizer = load_model(tiny_model)
-    encoded = encode_pairs(pairs, tokenizer, 1024, "drop")
-    requests = {}
-    for side in ("chosen", "rejected"):
-        for prompt, answer in encoded.select("prompt_ids", f"{side}_ids").iter_rows():
-            requests[request_key((prompt + answer, len(prompt)))] = (prompt + answer, len(prompt))
+    assert set(rows["packed"]) == ways
+    requests = requests_of(pairs, tokenizer)
     for bin_ in rows.partition_by("bin"):
         bin_ = bin_.sort("place")
-        again = score_bin(model, [requests[key] for key in bin_["request"]], bin_["row_tokens"][0])
+        own = [requests[key] for key in bin_["request"]]
+        again = score_bin(model, own, bin_["row_tokens"][0], packed=bin_["packed"][0])
         assert [float(one.logps.sum(dtype="float64")) for one in again] == bin_["logp"].to_list()
+
+
+def test_old_answers_past_a_window_are_not_believed(windowed, pairs, asked, tmp_path):
+    """Of before `packed` was kept: those may be of a tree. Within the window every way gives the same."""
+    settings = ScoreConfig(store=str(tmp_path / "store"))
+    right = score_pairs(pairs, windowed, settings)
+    for shard in list((tmp_path / "store").glob("*/*.parquet")):
+        old = pl.read_parquet(shard).with_columns(logp=pl.lit(-1.0)).drop("packed")
+        old.write_parquet(shard)
+        shard.rename(shard.with_stem(hashlib.sha256(shard.read_bytes()).hexdigest()[:32]))
+    lengths = {key: len(ids) for key, (ids, _) in requests_of(pairs, windowed[1]).items()}
+    past = sum(length > 40 for length in lengths.values())
+    assert 0 < past < len(lengths) == 16
+    for _ in range(2):
+        again = score_pairs(pairs, windowed, settings)
+        assert len(asked) == 16 + past  # the second time none
+        for side in ("chosen", "rejected"):
+            length = right["prompt_tokens"] + right[f"{side}_tokens"]
+            expected = pl.select(pl.when(length > 40).then(right[f"{side}_logp"]).otherwise(-1.0)).to_series()
+            assert (again[f"{side}_logp"] - expected).abs().max() < 1e-4
+
+
+def test_a_begun_tree_past_a_window_is_planned_anew(windowed, pairs, asked, tmp_path):
+    """As an earlier version that overlooked the window may have left it."""
+    settings = ScoreConfig(store=str(tmp_path / "store"))
+    store = ScoreStore(tmp_path / "store", model_key(windowed[0]), "float32")
+    keys = list(requests_of(pairs, windowed[1]))
+    begun = [("old", place, key, True, 512, 999) for place, key in enumerate(keys)]
+    store.begin(pl.DataFrame(begun, PLAN, orient="row"))
+    scores = score_pairs(pairs, windowed, settings)
+    store.refresh()
+    assert "old" not in set(store.find(keys)["bin"])
+    logps = [*scores["chosen_logp"], *scores["rejected_logp"]]
+    for (ids, start), logp in zip(requests_of(pairs, windowed[1]).values(), logps, strict=True):
+        assert logp == pytest.approx(plain_logp(windowed[0], ids, start), abs=1e-4)
 
 
 def test_memory_that_runs_out_is_said_with_the_setting(tiny_model, pairs, monkeypatch):

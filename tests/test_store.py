@@ -1,5 +1,6 @@
 """The score store as a folder: whole or not at all, checked on read, merged by copying, shared by processes."""
 
+import hashlib
 import logging
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from tests.conftest import ROOT
 
 
 def rows(*requests: str, bin_: str = "b", tokens: list[float] | None = None) -> pl.DataFrame:
-    values = [(key, -1.5 - place, 3, bin_, place, 512, tokens) for place, key in enumerate(requests)]
+    values = [(key, -1.5 - place, 3, bin_, place, 512, True, tokens) for place, key in enumerate(requests)]
     return pl.DataFrame(values, SHARD, orient="row")
 
 
@@ -131,6 +132,18 @@ def test_what_only_a_merge_has_read_is_found_too(store, tmp_path, monkeypatch, d
     assert len(list(store.folder.glob("*.parquet"))) == (4 if damaged else 1)
     store.refresh()
     assert store.find(["a", "b", "c"]).height == 3
+
+
+def test_a_shard_of_before_packed_was_kept_is_read_and_gives_way_to_one_that_says_it(store, tmp_path):
+    old = ScoreStore(tmp_path / "old", "key", "float32")
+    content = rows("a", "b", bin_="x", tokens=[-1.0, -0.5, 0.0]).drop("packed")
+    content.write_parquet(tmp_path / "shard.parquet")
+    name = hashlib.sha256((tmp_path / "shard.parquet").read_bytes()).hexdigest()[:32]
+    shutil.move(tmp_path / "shard.parquet", old.folder / f"{name}.parquet")
+    old.refresh()
+    assert old.find(["a", "b"])["packed"].to_list() == [None, None]
+    old.write(rows("b", bin_="y"))
+    assert old.find(["a", "b"]).select("bin", "packed").rows() == [("x", None), ("y", True)]
 
 
 def test_bins_begun_are_there_until_all_their_answers_are(store):

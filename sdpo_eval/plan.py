@@ -39,7 +39,7 @@ class EvalConfig(Settings):
     tasks: list[str] = pydantic.Field(["h4"], min_length=1)
     """h4, or of its tasks arc_challenge, hellaswag, mmlu, truthfulqa_mc2; and any other task of lm-eval, kept apart."""
     budget: Literal["full", "standard", "small", "tiny"] = "full"
-    """Named subset of H4, always the same items: standard is 28 % of the tokens, tiny minutes a model on two cores."""
+    """Named subset of H4, always the same items: without it all 26,073; standard is 28 % of the tokens, tiny 207."""
     limit: int | None = pydantic.Field(None, ge=1)
     """Items per task instead of a budget, MMLU's spread over its subjects, always the same ones; None for all."""
     mmlu_subjects: list[str] = pydantic.Field([])
@@ -205,7 +205,7 @@ def describe_cost(questions: Mapping[str, Questions], size: str) -> list[str]:
 
 
 def _cluster_sizes(asked: Questions) -> dict[str, list[int]]:
-    """Count, subject by subject, the chosen items of each cluster; each its own where the documents are out of reach."""
+    """Count, by subject, the chosen items of each cluster; each is its own where the documents are out of reach."""
     clusters: dict[str, Counter[str]] = {}
     for item in asked.chosen:
         subject = item.rpartition("/")[0]

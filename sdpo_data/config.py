@@ -12,7 +12,7 @@ import itertools
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -104,6 +104,8 @@ def read_command(
     switches: Mapping[str, str] | None = None,
     options: Mapping[str, str] | None = None,
     needs_run: bool = True,
+    model_help: str = "Reference model S: a folder, a hub id, or embedded:NAME.",
+    unread: Collection[str] = (),
 ) -> Command:
     """Read `RUN [--config FILE] [--force] [--setting value ...]` against the run's config.yaml.
 
@@ -116,20 +118,24 @@ def read_command(
         switches: flags for this call alone, such as check for --check, with their help.
         options: flags for this call alone that take values, such as unit for --unit A B.
         needs_run: RUN must be named; if not, a folder for this process stands in for it.
+        model_help: what --model is to this command.
+        unread: settings that this command does not read: they may stand in the file, but are no flags.
 
     Raises:
         SdpoError: an unknown section or setting, or a value of the wrong type or range.
     """
     argv = sys.argv[1:] if argv is None else argv
     run, recipe = _peek(argv)
-    fields = _command_fields(switches or {}, options or {}, needs_run=needs_run)
-    call = _parse(prog, description, own, models, argv, [run, recipe], fields)
+    fields = _command_fields(switches or {}, options or {}, model_help, needs_run=needs_run)
+    call = _parse(prog, description, own, models, argv, [run, recipe], fields, unread)
     if run is None and call.kept:  # flags stood before RUN: read again, now knowing whose config.yaml has the defaults
-        call = _parse(prog, description, own, models, argv, [call.run.path, recipe], fields)
+        call = _parse(prog, description, own, models, argv, [call.run.path, recipe], fields, unread)
     return call
 
 
-def _command_fields(switches: Mapping[str, str], options: Mapping[str, str], *, needs_run: bool) -> dict[str, Any]:
+def _command_fields(
+    switches: Mapping[str, str], options: Mapping[str, str], model_help: str, *, needs_run: bool
+) -> dict[str, Any]:
     import tyro  # only here: importing a package of ours stays fast
 
     run, folder = tyro.conf.arg(help="Run folder; made if missing."), Path if needs_run else Path | None
@@ -145,6 +151,7 @@ def _command_fields(switches: Mapping[str, str], options: Mapping[str, str], *, 
         fields[f"asked_{name}"] = (Annotated[bool, tyro.conf.FlagCreatePairsOff, flag], False)
     for name, text in options.items():
         fields[f"asked_{name}"] = (Annotated[tuple[str, ...], tyro.conf.arg(name=name, help=text)], ())
+    fields["model"] = (Annotated[str, tyro.conf.arg(help=model_help)], DEFAULT_MODEL)
     return fields
 
 
@@ -156,21 +163,16 @@ def _parse(
     argv: list[str],
     places: list[Path | None],
     own_fields: dict[str, Any],
+    unread: Collection[str],
 ) -> Command:
     import tyro
 
     files = _read_files(*places)
     file = _merged(files)
     loaded = {name: _section(model, name, files) for name, model in models.items()}
-    fields: dict[str, Any] = {
-        **own_fields,
-        "model": (
-            Annotated[str, tyro.conf.arg(help="Reference model S: a folder, a hub id, or embedded:NAME.")],
-            file.get("model", DEFAULT_MODEL),
-        ),
-    }
+    fields: dict[str, Any] = {**own_fields, "model": (own_fields["model"][0], file.get("model", DEFAULT_MODEL))}
     for name, model in models.items():
-        prefix, unchecked = tyro.conf.arg(name="" if name == own else name), _without_limits(model)
+        prefix, unchecked = tyro.conf.arg(name="" if name == own else name), _without_limits(model, unread)
         fields[f"{name}_settings"] = (Annotated[unchecked, prefix], unchecked(**dict(loaded[name])))
     with _box_as_sentence(prog):
         given = tyro.cli(pydantic.create_model("Arguments", **fields), args=argv, prog=prog, description=description)
@@ -199,12 +201,15 @@ def _passing_folder() -> str:
     return folder
 
 
-def _without_limits(model: type[Settings]) -> type[pydantic.BaseModel]:
+def _without_limits(model: type[Settings], unread: Collection[str]) -> type[pydantic.BaseModel]:
     """Keep the fields with their types alone: what is out of range is then said in our words, not in tyro's."""
-    fields: dict[str, Any] = {
-        name: (field.annotation, pydantic.Field(description=field.description))
-        for name, field in model.model_fields.items()
-    }
+    import tyro
+
+    fields: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        kind: Any = field.annotation
+        kind = tyro.conf.Fixed[tyro.conf.Suppress[kind]] if name in unread else kind
+        fields[name] = (kind, pydantic.Field(description=field.description))
     return pydantic.create_model(model.__name__, **fields)
 
 

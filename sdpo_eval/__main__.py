@@ -23,6 +23,10 @@ from sdpo_eval.evaluation import carry_out
 from sdpo_eval.h4 import MEAN, TASKS
 from sdpo_eval.plan import EvalConfig, list_documents, plan_evaluation, plan_questions
 
+MODEL_HELP = (
+    "The model evaluated, of a run with steps the one before step 1, evaluated as arm base: "
+    "a folder, a hub id, or embedded:NAME."
+)
 SWITCHES = {
     "documents": "Write RUN/documents.parquet, the questions as text, and evaluate nothing.",
     "show": "Print the first and last tokens of one request per task, and evaluate nothing.",
@@ -32,8 +36,9 @@ SWITCHES = {
 def main() -> None:
     """Write RUN/items/*.parquet and RUN/results.parquet, and show the tasks by model."""
     call = read_command(
-        "python -m sdpo_eval", __doc__, "eval", {"eval": EvalConfig}, switches=SWITCHES, needs_run=False
-    )
+        "python -m sdpo_eval", __doc__, "eval", {"eval": EvalConfig}, switches=SWITCHES, needs_run=False,
+        model_help=MODEL_HELP,
+    )  # fmt: skip
     config, steps = call.settings["eval"], call.run.steps
     assert isinstance(config, EvalConfig)
     if call.asked and not workers.is_main():

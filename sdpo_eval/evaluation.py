@@ -84,6 +84,11 @@ def carry_out(plan: Plan) -> pl.DataFrame:
     """
     known, first = workers.from_main(lambda: ANSWERS.to_frame() if plan.force else plan.read_answers()), True
     plan.keep_texts(list_documents(plan.questions.values(), every=True))
+    askable = [asked for asked in plan.questions.values() if asked.documents]
+    if workers.is_main() and any(_missing(one, asked, known)[1] for one in plan.candidates for asked in askable):
+        size = f"budget {plan.config.budget}" if plan.config.limit is None else f"limit {plan.config.limit}"
+        for line in describe_cost(plan.questions, size):
+            log.info("%s", line)
     for candidate in plan.candidates:
         with opened(candidate, plan) as engine:
             for name in other_tasks(plan.config):  # before H4, which takes longer: a misspelt name is found at once
@@ -91,7 +96,7 @@ def carry_out(plan: Plan) -> pl.DataFrame:
             requests = _encode_missing(plan, candidate, known, engine)
             if first and any(frame.height for frame in requests.values()):
                 if workers.is_main():
-                    _say_cost(plan, candidate, requests, engine())
+                    _say_time(plan, candidate, requests, engine())
                 first = False
             for name, asked in plan.questions.items():
                 known = _evaluate_task(plan, candidate, asked, known, requests[name], engine)
@@ -128,18 +133,14 @@ def _refuse_too_long(task: h4.Task, requests: pl.DataFrame, limit: int) -> None:
         )
 
 
-def _say_cost(plan: Plan, candidate: Candidate, requests: dict[str, pl.DataFrame], loaded: "Loaded") -> None:
-    """Say before it runs what is asked, what it can tell, and how long it will take at a measured speed."""
-    config = plan.config
-    size = f"limit {config.limit}" if config.limit is not None else f"budget {config.budget}"
-    for line in describe_cost(plan.questions, size):
-        log.info("%s", line)
+def _say_time(plan: Plan, candidate: Candidate, requests: dict[str, pl.DataFrame], loaded: "Loaded") -> None:
+    """Say before H4 runs how long it will take, at a measured speed."""
     asked = [frame for frame in requests.values() if frame.height]
     parts = [part for frame in asked for part in slices(frame)]
     tokens = sum(count_tokens([one for question in sequences_of(part) for one in question]) for part in parts)
     probe = [sequence for frame in asked for sequence in sequences_of(frame.head(1))[0]]
     started = time.monotonic()
-    for _ in score_completions(loaded[0], probe, config.token_budget):
+    for _ in score_completions(loaded[0], probe, plan.config.token_budget):
         pass
     speed = workers.count() * count_tokens(probe) / (time.monotonic() - started)
     log.info(

@@ -8,7 +8,7 @@ protocol, which ends in a fingerprint, is the same.
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import polars as pl
@@ -118,21 +118,23 @@ def select_items(sizes: Mapping[str, int], limit: int | None) -> list[str]:
     return [item for _, _, item in sorted(order)[:limit]]
 
 
-def largest_stderr(counts: Mapping[str, Mapping[str, int]]) -> dict[str, float]:
-    """Say beforehand what a choice of items can tell: standard errors, points, at most.
+def largest_stderr(sizes: Mapping[str, Mapping[str, Sequence[int]]]) -> dict[str, float]:
+    """Say beforehand what a choice of items can tell: standard errors, points, about the largest there can be.
 
     An item's score lies in 0 to 1, so its standard deviation is 50 points at most; MMLU's subjects
-    are strata, each counting once.
+    are strata, each counting once; the items of a cluster are taken to have one score. Only about: a spread
+    that is estimated may come out larger, and so it is where few clusters are much larger than others.
 
     Args:
-        counts: task -> subject -> items asked.
+        sizes: task -> subject -> items asked of each of its clusters.
 
     Returns:
         task -> standard error of its score; and of "h4" where all four are asked.
     """
     largest = {
-        name: math.sqrt(sum(50**2 / count for count in subjects.values())) / len(subjects)
-        for name, subjects in counts.items()
+        name: math.sqrt(sum(50**2 * sum(n**2 for n in own) / sum(own) ** 2 for own in subjects.values()))
+        / len(subjects)
+        for name, subjects in sizes.items()
     }
     if largest.keys() >= TASKS.keys():
         largest[MEAN] = math.hypot(*(largest[name] for name in TASKS)) / len(TASKS)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
+
 SHARES = ("acc", "acc_norm", "acc_bytes", "exact_match", "em", "f1", "mc1", "mc2")  # in 0 to 1: given in points
 
 
@@ -96,7 +98,8 @@ def prefix_lm(
 
     It can stand wherever an HFLM does, for any task that weighs continuations. Requests are encoded by
     HFLM; what they share is computed once. All else (generation, models that are not causal) is
-    HFLM's own. Processes of `accelerate launch` share the work, and each gets every answer.
+    HFLM's own. Processes of `accelerate launch` share the work, and each gets every answer. What is longer
+    than the model reads loses its beginning, as with HFLM, and a warning says how much of it there is.
 
     Args:
         token_budget: tokens of a forward pass at most; None for what suits the device.
@@ -111,8 +114,13 @@ def prefix_lm(
         print(got["results"])
     """
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import normalize_gen_kwargs
 
     class PrefixLM(HFLM):
+        never_cut: str | None = None
+        """The task whose requests must not be cut: refused instead."""
+        warned = False
+
         def _loglikelihood_tokens(
             self,
             requests: list,
@@ -121,6 +129,8 @@ def prefix_lm(
         ) -> list[tuple[float, bool]]:
             if self.backend != "causal":
                 return super()._loglikelihood_tokens(requests, disable_tqdm, override_bs)
+            lengths = [len(context) + len(answer) - 1 for _, context, answer in requests]  # the last is not read
+            self._tell_cut(lengths, self.max_length)
             sequences = []
             for _, context, answer in requests:
                 ids = (context + answer)[-(self.max_length + 1) :]  # as HFLM cuts
@@ -132,7 +142,29 @@ def prefix_lm(
                     self.cache_hook.add_partial("loglikelihood", requests[place][0], answers[place])
             return answers
 
+        def _tell_cut(self, lengths: list[int], limit: int, what: str = "") -> None:
+            longer = [length for length in lengths if length > limit]
+            if not longer or (self.warned and not self.never_cut):
+                return
+            said = (
+                f"{len(longer):,} of {len(lengths):,} requests are longer than the {limit:,} tokens that the model "
+                f"reads{what}, the longest has {max(longer):,}"
+            )
+            if self.never_cut:
+                raise SdpoError(
+                    f"{self.never_cut}: {said}. Their beginnings would be cut off, and its score be that of another "
+                    "test. Leave the task out of eval.tasks."
+                )
+            log.warning("%s: their beginnings are cut off, as by HFLM. Said once for this model.", said)
+            self.warned = True
+
         def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:  # noqa: FBT001 - HFLM's
+            by_room: dict[int, list[int]] = {}
+            for context, kwargs in (request.args for request in requests):
+                room = normalize_gen_kwargs(kwargs, self.max_gen_toks)["max_gen_toks"]
+                by_room.setdefault(room, []).append(len(self.tok_encode(context)))
+            for room, lengths in by_room.items():
+                self._tell_cut(lengths, self.max_length - room, f" before the {room:,} it writes")
             if any(request.args[1].get("do_sample") for request in requests):
                 return super().generate_until(requests, disable_tqdm)  # one stream of random numbers: all do all
             said = [""] * len(requests)
@@ -155,10 +187,11 @@ def evaluate_task(lm: "HFLM", name: str, limit: int | None, task_dir: str | None
         dtype: of the forward pass, for the fingerprint.
 
     Raises:
-        SdpoError: there is no such task, or its data is out of reach.
+        SdpoError: there is no such task, its data is out of reach, or a request is longer than the model reads.
     """
     from lm_eval import simple_evaluate
 
+    cast(Any, lm).never_cut = name
     with quiet():
         tasks, manager = _load_tasks(name, task_dir)
         got = simple_evaluate(model=lm, tasks=tasks, task_manager=manager, limit=limit, bootstrap_iters=1000)

@@ -4,7 +4,7 @@ Choosing a step by H4 and reporting its H4 would be choosing on the test.
 
 Examples:
     python -m sdpo_eval.held_out runs/a                     # held_out_scores/*.parquet, and the steps by accuracy
-    python -m sdpo_eval.held_out runs/a --token-budget 8192
+    python -m sdpo_eval.held_out runs/a --token-budget 8192 # this once: the settings stay those of scores.parquet
     accelerate launch -m sdpo_eval.held_out runs/a          # on several devices
 """
 
@@ -24,6 +24,7 @@ from sdpo_data.tables import LOGP_MARGIN, PAIRS, SCORES, STEPS, UNIT, SdpoError,
 from sdpo_eval.margins import HELD_OUT_SCORES, read_held_out, summarise_margins
 from sdpo_eval.stats import ALPHA, Differences, compare_checkpoints, judge
 
+UNREAD = ("against", "keep_token_logps")  # settings of `score` that mean nothing here
 log = logging.getLogger(__name__)
 
 BEST_STEPS = pl.Schema(
@@ -62,7 +63,9 @@ def score_held_out(
         SdpoError: no pair was held out; a model's folder does not hold the weights its step wrote;
             a model was scored with other settings (and not `force`).
     """
-    config = (config or ScoreConfig()).model_copy(update={"against": None, "keep_token_logps": False})
+    config = (config or ScoreConfig()).model_copy(
+        update={name: ScoreConfig.model_fields[name].default for name in UNREAD}
+    )
     pairs = check(run.held_out, PAIRS, "held_out.parquet")
     if pairs.is_empty():
         raise SdpoError(f"{run.path}/held_out.parquet holds no pair. Set pairs.hold_out in a new run folder.")
@@ -71,7 +74,7 @@ def score_held_out(
     models = [("base", 0, 0, str(base), model_key(base)), *steps.rows()]
     for arm, seed, step, model, key in models:
         table = f"held_out_scores/{arm}-{seed}-{step}"
-        recipe = {"model": key, **config.model_dump(exclude={"token_budget", "store", "against", "keep_token_logps"})}
+        recipe = {"model": key, **config.model_dump(exclude={"token_budget", "store", *UNREAD})}
         with workers.main_stage(run, table, recipe, ["held_out"], force=force) as stage:
             if stage.current:
                 frames[key] = check(run.read(table), SCORES, table)
@@ -127,7 +130,7 @@ def find_best_steps(scores: pl.DataFrame) -> pl.DataFrame:
 
 def main() -> None:
     """Write RUN/held_out_scores/*.parquet, and show reward accuracy and margin by step."""
-    call = read_command("python -m sdpo_eval.held_out", __doc__, "score", {"score": ScoreConfig})
+    call = read_command("python -m sdpo_eval.held_out", __doc__, "score", {"score": ScoreConfig}, unread=UNREAD)
     config = call.settings["score"]
     assert isinstance(config, ScoreConfig)
     made = call.run.lineage
@@ -137,7 +140,6 @@ def main() -> None:
     if call.run.lineage == made:
         say(f"up to date: {call.run.path / 'held_out_scores'}")
         return
-    call.save()
     measured = summarise_margins(scores, UNIT)
     shown: dict[str, Any] = {"accuracy": pl.col("accuracy").round(1), "margin": pl.col("mean").round(3)}
     title = f"{call.run.path / 'held_out_scores'}: reward accuracy (percent) and mean margin (nats) on held-out pairs"

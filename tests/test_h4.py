@@ -240,9 +240,12 @@ def test_the_error_that_a_budget_buys():
     # MMLU sqrt(57 * 2500 / 35) / 57 = 1.1194; TruthfulQA 50 / sqrt(817) = 1.7493;
     # H4 sqrt(1.4605^2 + 1.1180^2 + 1.1194^2 + 1.7493^2) / 4 = sqrt(7.6962) / 4 = 0.6935
     counts = FULL | {"hellaswag": {"hellaswag": 2000}, "mmlu": dict.fromkeys(MMLU_SIZES, 35)}
-    errors = h4.largest_stderr(counts)
+    alone = {name: {subject: [1] * count for subject, count in own.items()} for name, own in counts.items()}
+    errors = h4.largest_stderr(alone)
     assert list(errors.values()) == pytest.approx([1.4605, 1.1180, 1.1194, 1.7493, 0.6935], abs=1e-4)
-    assert "h4" not in h4.largest_stderr({"mmlu": counts["mmlu"]})
+    assert "h4" not in h4.largest_stderr({"mmlu": alone["mmlu"]})
+    # clusters of 3, 1 and 2 of six items: 50 * sqrt(9 + 1 + 4) / 6 = 31.1805
+    assert h4.largest_stderr({"hellaswag": {"hellaswag": [3, 1, 2]}})["hellaswag"] == pytest.approx(31.1805, abs=1e-4)
 
 
 # Fingerprint

@@ -386,6 +386,34 @@ def test_a_second_time_nothing_is_done(small, models, run, monkeypatch):
     assert Run(run).lineage == lineage
 
 
+def test_what_it_can_tell_is_said_before_any_model_is_loaded(small, models, run, other_tasks, monkeypatch, caplog):
+    # 50 / sqrt(7) = 18.90; HellaSwag's six are three pairs of one source: 50 * sqrt(3 * 2^2) / 6 = 28.87;
+    # three subjects of 3: sqrt(3 * 2500 / 3) / 3 = 16.67; 50 / sqrt(5) = 22.36;
+    # H4 sqrt(18.90^2 + 28.87^2 + 16.67^2 + 22.36^2) / 4 = sqrt(1968.3) / 4 = 11.09
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    load = answers.load_model
+    monkeypatch.setattr(answers, "load_model", stopped)
+    settings = config(small, tasks=["choose", "h4"], task_dir=str(other_tasks))
+    with caplog.at_level(logging.INFO), pytest.raises(KeyboardInterrupt):
+        evaluate(models / "one", settings, run)
+    [asked, errors] = caplog.messages
+    assert asked == "budget full, questions: ARC-Challenge 7 of 7, HellaSwag 6 of 6, MMLU 9 of 9, TruthfulQA 5 of 5"
+    assert errors.startswith("standard errors, points, at most about: ARC-Challenge 18.90, HellaSwag 28.87, MMLU 16.67")
+    assert errors.endswith(", TruthfulQA 22.36, H4 11.09")
+    monkeypatch.setattr(answers, "load_model", load)
+    few = config(small, tasks=["mmlu"], limit=2)  # two subjects of 1: sqrt(2 * 2500) / 2 = 35.36
+    with caplog.at_level(logging.INFO):
+        evaluate(models / "one", few, run)
+        assert "limit 2, questions: MMLU 2 of 9" in caplog.messages
+        assert "standard errors, points, at most about: MMLU 35.36" in caplog.messages
+        assert any("tokens at " in message and " for base, of 1 models" in message for message in caplog.messages)
+        caplog.clear()
+        evaluate(models / "one", few, run)  # nothing is asked
+    assert not any("standard errors" in message for message in caplog.messages)
+
+
 @pytest.mark.real
 def test_a_larger_limit_asks_only_what_is_new(small, models, run, answered):
     few = evaluate(models / "base", config(small, limit=2), run)
@@ -762,6 +790,14 @@ def test_one_model_without_a_run_folder(small, models, run_command):
     assert f"{models / 'two'}, nothing kept" in out.replace("\n", "")
 
 
+def test_the_help_says_what_the_model_is_and_what_is_asked_by_default(run_command):
+    _, told, _ = run_command("sdpo_eval.__main__", "--help")
+    told = " ".join(told.replace("│", " ").split())
+    assert "--model STR The model evaluated, of a run with steps the one before step 1" in told
+    assert "Reference model S" not in told
+    assert "Named subset of H4, always the same items: without it all 26,073;" in told
+
+
 def test_limit_and_budget_together_are_refused(run, run_command):
     code, _, err = run_command("sdpo_eval.__main__", run, "--limit", 5, "--budget", "tiny")
     assert code == 2
@@ -881,6 +917,38 @@ def test_a_task_whose_data_is_out_of_reach(small, models, run, other_tasks):
     (other_tasks / "own.jsonl").unlink()
     with pytest.raises(SdpoError, match=r"The data of choose cannot be had: .* eval.task_dir"):
         evaluate(models / "one", config(small, tasks=["choose"], task_dir=str(other_tasks)), run)
+
+
+def test_a_task_beside_h4_that_would_be_cut_is_refused(small, models, run, other_tasks):
+    _, tokenizer = load_model(models / "one")
+    rows = [json.loads(line) for line in (other_tasks / "own.jsonl").read_text().splitlines()]
+    rows[1]["q"] = "a" * 600
+    (other_tasks / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    longest = max(len(tokenizer(f"{rows[1]['q']} {answer}")["input_ids"]) for answer in rows[1]["answers"]) - 1
+    choose, write_it = (config(small, tasks=[name], task_dir=str(other_tasks)) for name in ("choose", "write_it"))
+    said = r"choose: 3 of 15 requests are longer than the 512 tokens that the model reads, the longest has {:,}\. Their"
+    with pytest.raises(SdpoError, match=said.format(longest)):
+        evaluate(models / "one", choose, run)
+    said = r"write_it: 1 of 5 requests are longer than the 508 tokens that the model reads before the 4 it writes, the"
+    with pytest.raises(SdpoError, match=said):
+        evaluate(models / "one", write_it, run)
+    assert Run(run).items.is_empty()
+    few = evaluate(models / "one", config(small, tasks=["choose"], task_dir=str(other_tasks), limit=1), run)
+    assert few["n"].to_list() == [1, 1]  # without the long one
+
+
+def test_what_anyones_prefix_lm_cuts_is_said_once(models, caplog):
+    lm = prefix_lm(*load_model(models / "one"))
+    fits, longer = (("", ""), [7] * 510, [4, 5, 6]), (("", ""), [7] * 511, [4, 5, 6])  # 512 tokens are read, or 513
+    lm._loglikelihood_tokens([fits, fits])
+    assert not caplog.records
+    lm._loglikelihood_tokens([fits, longer, fits])
+    lm._loglikelihood_tokens([longer])
+    [record] = caplog.records
+    assert record.getMessage() == (
+        "1 of 3 requests are longer than the 512 tokens that the model reads, the longest has 513: their beginnings "
+        "are cut off, as by HFLM. Said once for this model."
+    )
 
 
 def test_anyones_simple_evaluate_on_the_prefix_engine(models):

@@ -152,6 +152,25 @@ def test_the_command_and_the_report(run, capsys, monkeypatch):
     assert f"python -m sdpo_eval.held_out {run}\npython -m sdpo_eval.report {run}" in report.markdown()
 
 
+def test_it_takes_the_settings_it_reads_and_leaves_those_of_the_scores_alone(run, run_command):
+    config = f"{(run / 'config.yaml').read_text()}score:\n  against: other/model\n  max_length: 100\n"
+    (run / "config.yaml").write_text(config)
+    code, out, err = run_command("sdpo_eval.held_out", run, "--max-length", 90)
+    assert (code, "reward accuracy" in out) == (0, True), err
+    assert (run / "config.yaml").read_text() == config  # else score and partition would refuse their own tables
+    made = json.loads((run / "lineage.json").read_text())["held_out_scores/base-0-0"]["recipe"]
+    assert made["max_length"] == 90
+    assert "against" not in made
+    assert run_command("sdpo_eval.held_out", run, "--max-length", 90)[1].startswith("up to date")
+    for flags in (["--against", "x"], ["--keep-token-logps"]):
+        code, _, err = run_command("sdpo_eval.held_out", run, *flags)
+        assert (code, err.split(":")[1]) == (2, " Unrecognized options")
+    _, told, _ = run_command("sdpo_eval.held_out", "--help")
+    assert "--max-length" in told
+    assert "--against" not in told
+    assert "--keep-token-logps" not in told
+
+
 def test_a_report_names_the_command_that_is_missing(tmp_path):
     run = make_run(tmp_path / "run")
     shutil.rmtree(run / "held_out_scores")

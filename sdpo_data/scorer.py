@@ -64,7 +64,9 @@ def complete(requests: dict[str, Request], scorer: Scorer) -> pl.DataFrame:
     plan = workers.share(_plan(requests, set(known["request"]), scorer))
     bins = plan.partition_by("bin", maintain_order=True)
     missing = plan["request"].to_list()
-    scorer.work.add_plan([requests[key] for key in missing], sum(bin_["tokens"][0] for bin_ in bins), known.height)
+    planned = set(missing)
+    asked = [request for key, request in requests.items() if key in planned]
+    scorer.work.add_plan(asked, sum(bin_["tokens"][0] for bin_ in bins), known.height)
     if workers.is_main() and len(bins) > 1:
         store.begin(plan)
     own = bins[workers.rank() :: workers.count()]

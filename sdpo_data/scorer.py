@@ -125,7 +125,7 @@ def _exact(begun: pl.DataFrame, requests: dict[str, Request], scorer: Scorer) ->
     lengths = [len(requests[key][0]) for key in begun["request"]]
     longest = read_model(scorer.model, max(lengths)).packed_length
     too_long = begun["packed"] & (pl.Series(lengths, dtype=pl.Int64) > longest)
-    return begun.filter(~pl.lit(too_long).any().over("bin"))
+    return begun.filter(~pl.col("bin").is_in(begun.filter(too_long)["bin"].to_list()))
 
 
 def _compute(bin_: pl.DataFrame, requests: dict[str, Request], scorer: Scorer, advance: Any) -> pl.DataFrame:

@@ -23,8 +23,7 @@ def read_logps(
     from torch.utils.checkpoint import checkpoint
 
     positions, rows = np.unique(readers, return_inverse=True)
-    vocabulary = model.config.get_text_config().vocab_size
-    size = max(1, HEAD_BYTES.get(states.device.type, HEAD_BYTES["cuda"]) // (4 * vocabulary))
+    size = max(1, block_rows(model, states.device))
     parts = []
     for first in range(0, len(positions), size):
         low, high = np.searchsorted(rows, [first, first + size])
@@ -39,6 +38,12 @@ def read_logps(
         parts.append(checkpoint(head, block, use_reentrant=False) if again else head(block))
     logps, likeliest = zip(*parts, strict=True)
     return torch.cat(logps), torch.cat(likeliest)
+
+
+def block_rows(model: "PreTrainedModel", device: "torch.device") -> int:
+    """Count the positions whose logits HEAD_BYTES holds."""
+    vocabulary = model.config.get_text_config().vocab_size
+    return HEAD_BYTES.get(device.type, HEAD_BYTES["cuda"]) // (4 * vocabulary)
 
 
 def logits_to_logps(

@@ -102,6 +102,23 @@ def load_tokenizer(name: str | Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
+def stated_length(model: "PreTrainedModel") -> int | None:
+    """Longest text a model was made to read, tokens, as its config states it; None where it does not."""
+    config = model.config.get_text_config()
+    stated = (getattr(config, name, None) for name in ("n_positions", "max_position_embeddings", "n_ctx"))
+    return next((int(length) for length in stated if length is not None), None)
+
+
+def reading_length(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int:
+    """Longest text a model was made to read, tokens, with what is assumed where its config states none.
+
+    Source: `HFLM.max_length` of lm-eval 0.4.13.
+    """
+    if (length := stated_length(model)) is not None:
+        return length
+    return tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else 2048  # unset is 10^30
+
+
 def save_model(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
     """Save weights (sharded safetensors, in the dtype they have), config and tokenizer in `folder`."""
     model.save_pretrained(folder)

@@ -22,7 +22,7 @@ import xxhash
 from sdpo_data import workers
 from sdpo_data.assets import cache_folder
 from sdpo_data.flex import flex_attention, tree_mask
-from sdpo_data.head import logits_to_logps, read_logps, run_head
+from sdpo_data.head import block_rows, logits_to_logps, read_logps, run_head
 from sdpo_data.run import write_atomically
 from sdpo_data.tables import SdpoError
 from sdpo_data.tree import Bin, Request, Row, plan_bins, plan_rows
@@ -273,27 +273,37 @@ def _keep(cache: "DynamicCache", kept: np.ndarray) -> None:
 
 
 def _batch(model: "PreTrainedModel", requests: Sequence[Request]) -> Iterator[Read]:
-    """Compute sequences side by side, padded on the right."""
+    """Compute sequences side by side, padded on the right.
+
+    Where the head cannot be run by itself every position goes through it: then so many sequences at
+    a time that their logits keep to HEAD_BYTES, or one that is larger by itself.
+    """
     import torch
 
     length = max(len(ids) for ids, _ in requests)
-    ids, mask = np.zeros((len(requests), length), dtype=np.int64), np.zeros((len(requests), length), dtype=np.int64)
-    for row, (tokens, _) in enumerate(requests):
-        ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
-    inputs = {
-        "input_ids": torch.from_numpy(ids).to(model.device),
-        "attention_mask": torch.from_numpy(mask).to(model.device),
-        "use_cache": False,
-    }
-    readers = np.concatenate([row * length + np.arange(s - 1, len(t) - 1) for row, (t, s) in enumerate(requests)])
-    targets = np.concatenate([np.asarray(tokens[start:], dtype=np.int64) for tokens, start in requests])
-    if read_model(model).split_head:
-        states = model.base_model(**inputs).last_hidden_state.flatten(0, 1)
-        logps, likeliest = read_logps(model, states, readers, targets)
-    else:
-        logits = model(**inputs).logits.flatten(0, 1)[torch.from_numpy(readers).to(model.device)]
-        logps, likeliest = logits_to_logps(logits, torch.from_numpy(targets).to(logits.device))
-    yield np.arange(len(readers)), logps, likeliest, ids.size
+    split = read_model(model).split_head
+    size = len(requests) if split else max(1, block_rows(model, model.device) // length)
+    place = 0
+    for first in range(0, len(requests), size):
+        part = requests[first : first + size]
+        ids, mask = np.zeros((len(part), length), dtype=np.int64), np.zeros((len(part), length), dtype=np.int64)
+        for row, (tokens, _) in enumerate(part):
+            ids[row, : len(tokens)], mask[row, : len(tokens)] = tokens, 1
+        inputs = {
+            "input_ids": torch.from_numpy(ids).to(model.device),
+            "attention_mask": torch.from_numpy(mask).to(model.device),
+            "use_cache": False,
+        }
+        readers = np.concatenate([row * length + np.arange(s - 1, len(t) - 1) for row, (t, s) in enumerate(part)])
+        targets = np.concatenate([np.asarray(tokens[start:], dtype=np.int64) for tokens, start in part])
+        if split:
+            states = model.base_model(**inputs).last_hidden_state.flatten(0, 1)
+            logps, likeliest = read_logps(model, states, readers, targets)
+        else:
+            logits = model(**inputs).logits.flatten(0, 1)[torch.from_numpy(readers).to(model.device)]
+            logps, likeliest = logits_to_logps(logits, torch.from_numpy(targets).to(logits.device))
+        yield np.arange(place, place + len(readers)), logps, likeliest, ids.size
+        place += len(readers)
 
 
 def _nothing(states: "torch.Tensor") -> "tuple[torch.Tensor, torch.Tensor]":

@@ -23,7 +23,7 @@ from sdpo_data.config import Command, Settings, read_command
 from sdpo_data.console import command, say
 from sdpo_data.describe import print_report
 from sdpo_data.encode import Truncation, encode_pairs
-from sdpo_data.models import load_model, load_tokenizer, model_key
+from sdpo_data.models import load_model, load_tokenizer, model_key, stated_length
 from sdpo_data.pairs import PairsConfig, make_pairs
 from sdpo_data.scorer import Scorer, complete
 from sdpo_data.store import ScoreStore
@@ -74,8 +74,8 @@ def score_pairs(pairs: pl.DataFrame, model: "Model", config: ScoreConfig | None 
         With keep_token_logps also chosen_token_logps and rejected_token_logps, lists of nats.
 
     Raises:
-        SdpoError: no pair can be scored, or a log-probability is not finite; the second model is
-            the first, or has another tokenizer.
+        SdpoError: no pair can be scored, one is longer than what the model was made to read, or a
+            log-probability is not finite; the second model is the first, or has another tokenizer.
 
     Source: log pi(y | x) of DPO (arXiv 2305.18290), summed over completion tokens, EOS included.
     """
@@ -129,8 +129,10 @@ def score_encoded(encoded: pl.DataFrame, pairs: pl.DataFrame, scorer: Scorer) ->
         SCORES frame without a second model's columns filled; with the scorer's token_logps also the lists.
 
     Raises:
-        SdpoError: a log-probability is not finite.
+        SdpoError: a pair is longer than what the model was made to read; a log-probability is not
+            finite.
     """
+    _refuse_longer_than_read(encoded, scorer.model)
     requests = _requests(encoded)
     keys = [request_key(request) for request in requests]
     found = complete(dict(zip(keys, requests, strict=True)), scorer)
@@ -265,6 +267,21 @@ def _beside(
     filled = scores.drop(name for name in SCORES if name.startswith("against"))
     joined = filled.join(columns, on="pair_id", how="left", maintain_order="left")
     return joined.select(*SCORES, *(name for name in scores.columns if name not in SCORES))
+
+
+def _refuse_longer_than_read(encoded: pl.DataFrame, model: "PreTrainedModel") -> None:
+    """Past that length a model with learned positions has no answer, and one with rotary ones gives a wrong one."""
+    length = stated_length(model)
+    answers = pl.max_horizontal(pl.col(f"{side}_ids").list.len() for side in SIDES)
+    pairs = encoded.select("pair_id", tokens=pl.col("prompt_ids").list.len() + answers)
+    longer = pairs.filter(pl.col("tokens") > length) if length else pairs.clear()
+    if longer.height:
+        pair_id, tokens = longer.sort("tokens").row(-1)
+        raise SdpoError(
+            f"{longer.height} of {pairs.height} pairs are longer than the {length} tokens that {type(model).__name__} "
+            f"was made to read, e.g. pair_id {pair_id!r} with {tokens}. Set score.max_length (and train.max_length) to "
+            f"{length} at most, so that they are dropped or cut."
+        )
 
 
 def _requests(encoded: pl.DataFrame) -> list[Request]:

@@ -64,7 +64,9 @@ def complete(requests: dict[str, Request], scorer: Scorer) -> pl.DataFrame:
     plan = workers.share(_plan(requests, set(known["request"]), scorer))
     bins = plan.partition_by("bin", maintain_order=True)
     missing = plan["request"].to_list()
-    scorer.work.add_plan([requests[key] for key in missing], sum(bin_["tokens"][0] for bin_ in bins), known.height)
+    planned = set(missing)
+    asked = [request for key, request in requests.items() if key in planned]
+    scorer.work.add_plan(asked, sum(bin_["tokens"][0] for bin_ in bins), known.height)
     if workers.is_main() and len(bins) > 1:
         store.begin(plan)
     own = bins[workers.rank() :: workers.count()]
@@ -123,7 +125,7 @@ def _exact(begun: pl.DataFrame, requests: dict[str, Request], scorer: Scorer) ->
     lengths = [len(requests[key][0]) for key in begun["request"]]
     longest = read_model(scorer.model, max(lengths)).packed_length
     too_long = begun["packed"] & (pl.Series(lengths, dtype=pl.Int64) > longest)
-    return begun.filter(~pl.lit(too_long).any().over("bin"))
+    return begun.filter(~pl.col("bin").is_in(begun.filter(too_long)["bin"].to_list()))
 
 
 def _compute(bin_: pl.DataFrame, requests: dict[str, Request], scorer: Scorer, advance: Any) -> pl.DataFrame:

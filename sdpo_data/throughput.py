@@ -14,7 +14,7 @@ from sdpo_data.tree import Request, count_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-PEER_BATCH = 8  # pairs per batch, in data order and padded: TRL 1.16's default reference pass
+PEER_BATCH = 16  # answers per padded batch, as they come: of 8 pairs, TRL 1.16's default reference pass
 
 
 @dataclass
@@ -29,6 +29,8 @@ class Work:
     """Tokens computed for them."""
     alone: int = 0
     """Tokens if every answer were computed with its own prompt, without padding."""
+    padded: int = 0
+    """Tokens if they were computed so in batches of PEER_BATCH, padded to the longest."""
     floor: int = 0
     """Tokens if every shared prefix were computed once: nothing exact can do with fewer."""
     reads: int = 0
@@ -45,11 +47,14 @@ class Work:
     """Per second, in this dtype: measured with one large matrix product."""
 
     def add_plan(self, requests: Sequence[Request], tokens: int, known: int) -> None:
-        """Count what is to be computed, and what is known."""
+        """Count what is to be computed, in the order it was asked for, and what is known."""
         self.known += known
         self.computed += len(requests)
         self.tokens += tokens
-        self.alone += sum(len(ids) for ids, _ in requests)
+        lengths = [len(ids) for ids, _ in requests]
+        self.alone += sum(lengths)
+        batches = (lengths[first : first + PEER_BATCH] for first in range(0, len(lengths), PEER_BATCH))
+        self.padded += sum(len(batch) * max(batch) for batch in batches)
         self.floor += count_tokens(requests)
         self.reads += sum(len(ids) - start for ids, start in requests)
 
@@ -71,8 +76,11 @@ class Work:
         self.own_tokens += tokens
 
     def describe_plan(self) -> str:
-        """Say in a few words what sharing saves."""
-        return f"score ({self.tokens / self.floor:.2f} of the floor, {self.alone - self.tokens:,} tokens saved)"
+        """Say in a few words what sharing saves, and what padding would have cost besides."""
+        return (
+            f"score ({self.tokens / self.floor:.2f} of the floor, {self.alone - self.tokens:,} tokens saved, "
+            f"{self.padded - self.alone:,} of padding avoided)"
+        )
 
     def describe_rate(self, speed: float) -> str:
         """Say what share of the device's measured rate so many tokens per second are."""
@@ -95,15 +103,13 @@ class Work:
         if not self.own_tokens:
             return
         speed = self.own_tokens / self.seconds
-        lengths = pl.col("prompt_tokens") + pl.max_horizontal("chosen_tokens", "rejected_tokens")
-        batches = scores.select(size=2 * lengths.max().over(pl.int_range(pl.len()) // PEER_BATCH)).sum().item()
         several = f" on each of {workers.count()} processes" if workers.count() > 1 else ""
-        padded = f", {batches:,} in padded batches of {PEER_BATCH} pairs in data order" if not self.known else ""
         yield (
             f"{speed:,.0f} tokens/s{several} over {self.seconds:,.1f} s, "
             f"{speed * self.flops_per_token / self.device_flops:.0%} of the {self.device_flops / 1e9:,.0f} GFLOP/s "
             f"measured in a plain matrix product; {self.tokens:,} tokens computed, {self.tokens / self.floor:.2f} of "
-            f"the floor ({self.floor:,}; {self.alone:,} without sharing{padded})"
+            f"the floor ({self.floor:,}; {self.alone:,} without sharing, {self.padded:,} in padded batches of "
+            f"{PEER_BATCH})"
         )
 
 

@@ -104,18 +104,6 @@ def score_answers(
     return row | {"gold_logp": float(values[gold].max()), "choice_logps": logps}
 
 
-def reading_length(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Longest text a model was made to read, tokens.
-
-    Source: `HFLM.max_length` of lm-eval 0.4.13.
-    """
-    config = model.config.get_text_config()
-    for name in ("n_positions", "max_position_embeddings", "n_ctx"):
-        if (length := getattr(config, name, None)) is not None:
-            return int(length)
-    return tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else 2048  # unset is 10^30
-
-
 @contextmanager
 def opened(candidate: Candidate, plan: Plan) -> "Iterator[Engine]":
     """Yield a function that loads the model when it is first called; free the model at the end."""

@@ -11,12 +11,13 @@ import polars as pl
 
 from sdpo_data import workers
 from sdpo_data.console import progress
+from sdpo_data.models import reading_length
 from sdpo_data.prefix import score_completions
 from sdpo_data.run import Run
 from sdpo_data.tables import ITEMS, RESULTS, UNIT, SdpoError
 from sdpo_data.tree import count_tokens
 from sdpo_eval import h4
-from sdpo_eval.answers import answer_requests, opened, reading_length
+from sdpo_eval.answers import answer_requests, opened
 from sdpo_eval.clean import Clean, read_clean
 from sdpo_eval.others import evaluate_other, other_results
 from sdpo_eval.plan import (

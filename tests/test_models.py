@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -130,6 +131,37 @@ def test_a_name_that_is_nothing_is_refused():
         SdpoError, match=r"There is no embedded model 'embedded:smollm3'\. There is: embedded:smollm2-135m"
     ):
         model_key("embedded:smollm3")
+
+
+class GivenUp(Exception):
+    """Raised where from_pretrained would load."""
+
+
+@pytest.mark.parametrize(
+    "free, processes, device_map",
+    # 1.1 x 4 bytes of each of the weights that are in the file is what fits
+    [(1.0, "1", None), (0.999, "1", "auto"), (0.999, "2", None)],
+    ids=["fits", "too large", "too large, but each process has its own"],
+)
+def test_what_is_larger_than_a_gpu_is_spread(free, processes, device_map, tiny_model, monkeypatch):
+    import torch
+    import transformers
+    from safetensors.torch import load_file
+
+    numbers = sum(tensor.numel() for tensor in load_file(tiny_model / "model.safetensors").values())
+    asked = []
+
+    def note(*_, device_map, **__):
+        asked.append(device_map)
+        raise GivenUp
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (math.ceil(free * 4.4 * numbers), 10**12))
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", note)
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(GivenUp):
+        load_model(tiny_model)
+    assert asked == [device_map]
 
 
 # --- keys

@@ -182,6 +182,27 @@ def test_the_head_never_sees_more_than_its_share(monkeypatch):
     assert [part.tolist() for part in got] == [pytest.approx(part.tolist(), abs=1e-6) for part in expected]
 
 
+def test_logits_keep_to_their_share_where_the_head_cannot_be_run_by_itself(monkeypatch):
+    """25 rows of 60 float32 logits are 6,000 bytes: of five sequences padded to 12 tokens, two, two and one."""
+    model, seen = build("llama"), []
+    monkeypatch.setattr(prefix, "read_model", lambda *_: prefix.Reading(0, 100, split_head=False))
+    monkeypatch.setattr("sdpo_data.head.HEAD_BYTES", {"cpu": 6000, "cuda": 6000})
+    requests = [(list(range(place, place + length)), 3) for place, length in enumerate((12, 11, 8, 7, 5))]
+    hook = model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(tuple(logits.shape[:2])))
+    computed = []
+    got = score_bin(model, requests, 500, computed.append, packed=False)
+    hook.remove()
+    assert seen == [(2, 12), (2, 12), (1, 12)]
+    assert sum(computed) == 60  # what a plan of one batch says
+    for request, completion in zip(requests, got, strict=True):
+        assert completion.logps == pytest.approx(alone(model, *request)[0], abs=1e-5)
+    seen.clear()
+    monkeypatch.setattr("sdpo_data.head.HEAD_BYTES", {"cpu": 6, "cuda": 6})
+    model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(tuple(logits.shape[:2])))
+    score_bin(model, requests, 500, packed=False)
+    assert seen == [(1, 12)] * 5  # at least one
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen2", "gemma2"])
 def test_gradients_are_those_of_plain_forwards(name, monkeypatch):
     """In float64: one answer's sum minus twice the other's, in one tree and in two plain forwards."""

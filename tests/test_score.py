@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import shutil
 
 import polars as pl
@@ -88,6 +89,31 @@ def test_weights_that_are_not_finite_are_refused(tiny_model, pairs):
         model.lm_head.weight[5] = math.nan
     with pytest.raises(SdpoError, match="8 of 8 pairs have a non-finite log-probability"):
         score_pairs(pairs, (model, tokenizer))
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_pairs_longer_than_a_model_reads_are_refused(kind, tiny_model, pairs):
+    """Learned positions would be an IndexError; rotary ones would go on, and be wrong."""
+    tokenizer = load_tokenizer(tiny_model)
+    names = {"gpt2": ("n_embd", "n_layer", "n_head", "n_positions")}
+    names["llama"] = ("hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")
+    lengths = pl.Series([len(ids) for ids, _ in requests_of(pairs, tokenizer).values()])
+    limit = int(lengths.median())
+    sizes = dict(zip(names[kind], (32, 2, 4, limit), strict=True))
+    config = transformers.AutoConfig.for_model(kind, vocab_size=len(tokenizer), **sizes)
+    model = (transformers.AutoModelForCausalLM.from_config(config).eval(), tokenizer)
+    with pytest.raises(SdpoError) as error:
+        score_pairs(pairs, model)
+    assert re.search(
+        rf"of 8 pairs are longer than the {limit} tokens that \w+ was made to read, e\.g\. pair_id '\w+' with "
+        rf"{lengths.max()}\. Set score\.max_length .* to {limit} at most",
+        str(error.value),
+    )
+    scores, dropped = score_and_drop(pairs, model, ScoreConfig(max_length=limit))
+    assert scores.height + dropped.height == 8
+    assert scores.height > 0
+    at_most = ScoreConfig(max_length=lengths.max())  # more than the model reads, but no pair of these is
+    assert score_pairs(pairs.join(scores.select("pair_id"), on="pair_id"), model, at_most).height == scores.height
 
 
 @pytest.fixture

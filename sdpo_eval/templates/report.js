@@ -26,8 +26,15 @@
     if (narrow) spec.config.legend = { ...spec.config.legend, direction: "vertical", orient: "bottom", titleOrient: "top" };
     return JSON.parse(JSON.stringify(spec), (key, value) =>
       key === "labelLimit" && narrow ? Math.min(value, 130) :
+      key === "title" && narrow && value?.length > 44 ? halves(value) :
       key === "axis" && narrow && value?.labelLimit ? { ...value, ...TWO_LINES } :
       key === "scheme" && value.name === "viridis" ? { name: "viridis", extent: dark.matches ? [0.2, 1] : [0, 0.9] } : value);
+  }
+
+  // Of a long title of an axis, two lines.
+  function halves(title) {
+    const at = title.indexOf(" ", title.length / 2);
+    return typeof title !== "string" || at < 0 ? title : [title.slice(0, at), title.slice(at + 1)];
   }
 
   function panels(spec) {

@@ -85,7 +85,7 @@ def _say_factorial(evidence: Evidence) -> Iterator[Prose]:
         decided = shown.filter(pl.col("verdict") != UNDECIDED).height
         said = [*say_effects(shown), f"{decided} of these {shown.height} can be told from none"]
     yield Prose(
-        f"The core factorial, points of {TITLES.get(task, task)}: {'; '.join(said)}. They are adjusted among themselves."
+        f"The core factorial, points of {TITLES.get(task, task)}: {'; '.join(said)}. Adjusted among themselves."
     )
 
 

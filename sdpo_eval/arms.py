@@ -5,6 +5,7 @@ from typing import Any
 
 import polars as pl
 
+from sdpo_eval.canvas import minus
 from sdpo_eval.contrasts import CONTRASTS, CompareConfig, Side, contrast_models
 
 SETTINGS = ("beta", "learning_rate", "epochs", "batch_pairs", "loss", "schedule", "optimizer", "lora_rank")
@@ -16,6 +17,7 @@ EFFECTS = {
 }
 """Effect of the core factorial -> its two sides, each with the two arms that are averaged; the first minus the second.
 So the interaction is half of (sdpo - sdpo_fixed) - (random - random_fixed), on the scale of the main effects."""
+UNDECIDED = "not distinguishable"
 CORE = ("sdpo", "sdpo_fixed", "random", "random_fixed")
 
 
@@ -106,21 +108,46 @@ def describe_order(own: pl.DataFrame, partition: pl.DataFrame) -> dict[str, Any]
     """
     parts = partition.sort("step").unique("pair_id", keep="first").select("pair_id", "difficulty", part="step")
     placed = own.select("pair_id", "step", "rank").join(parts, on="pair_id")
-    steps, last = own["step"].n_unique(), partition["step"].n_unique()
+    steps, parted = own["step"].n_unique(), partition["step"].n_unique()
     share = own["pair_id"].n_unique() / parts.height
     if own["pair_id"].n_unique() < own.height:
         order = "growing: each step trains on its part and all before it"
-    elif steps == 1 < last:
+    elif steps == 1 < parted:
         order = "all pairs in one step"
     elif (placed["step"] == placed["part"]).all():
         order = "the parts, easiest first"
-    elif (placed["step"] == last + 1 - placed["part"]).all():
+    elif _falls(placed):
         order = "the parts, hardest first"
     else:
         same: Any = (placed["step"] == placed["part"]).mean()
         order = f"other parts ({100 * same:.0f} % of pairs as the partition has them)"
     rho = placed.select(pl.corr("rank", "difficulty", method="spearman").fill_nan(None)).item()
     return {"order": f"{order}{f', {100 * share:.0f} % of all' if share < 1 else ''}", "rank_with_difficulty": rho}
+
+
+def _falls(placed: pl.DataFrame) -> bool:
+    """Whether no step has a pair harder than any of the step before: its sizes may be others than the parts'."""
+    ends = placed.group_by("step").agg(low=pl.col("difficulty").min(), high=pl.col("difficulty").max()).sort("step")
+    return ends.height > 1 and bool((ends["high"][1:] <= ends["low"][:-1]).all())
+
+
+def say_effects(effects: pl.DataFrame) -> list[str]:
+    """Say of each effect how large it is, in points, and its verdict; of several seeds, from where to where.
+
+    Args:
+        effects: of `contrast_factorial`, of one task and kind of verdict.
+    """
+    said = []
+    for (effect,), own in effects.group_by("effect_of", maintain_order=True):
+        values = own["effect"].to_list()
+        if own.height > 1:
+            said.append(
+                f"{effect} {minus(min(values), '+.1f')} to {minus(max(values), '+.1f')} over {own.height} seeds"
+            )
+        else:
+            verdict = "" if own["verdict"][0] == UNDECIDED else f" ({own['verdict'][0]})"
+            said.append(f"{effect} {minus(values[0], '+.1f')}{verdict}")
+    return said
 
 
 def contrast_factorial(answers: pl.DataFrame, config: CompareConfig) -> pl.DataFrame:

@@ -107,8 +107,9 @@ def styled(chart: Figure, text: str, subtitle: str) -> Figure:
 
 
 def minus(value: float, format_: str) -> str:
-    """Write a number for a title, with a true minus sign."""
-    return f"{value:{format_}}".replace("-", "−")
+    """Write a number for a title, with a true minus sign, and none before a zero."""
+    text = f"{value:{format_}}"
+    return (text if float(text) else f"{0.0:{format_}}").replace("-", "−")
 
 
 def main_arm(table: pl.DataFrame) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import altair as alt
 import polars as pl
 
+from sdpo_eval.arms import UNDECIDED, say_effects
 from sdpo_eval.canvas import (
     BARS,
     BOUNDS,
@@ -90,7 +91,7 @@ def plot_contrasts(contrasts: pl.DataFrame, title: str) -> Figure:
     table = contrasts.sort(~pl.col("primary"), maintain_order=True).with_columns(
         contrast=pl.when("primary").then(pl.format("{} (primary)", "contrast")).otherwise("contrast")
     )
-    decided = table.filter(pl.col("verdict") != "not distinguishable").height
+    decided = table.filter(pl.col("verdict") != UNDECIDED).height
     said = f"{decided} of {table.height} differences can be told from none"
     return _differences(table, title, said, "first minus second")
 
@@ -102,12 +103,8 @@ def plot_factorial(effects: pl.DataFrame, title: str) -> Figure:
         effects: rows of `arms.contrast_factorial` of one task and kind of verdict, with contrast (its name).
         title: what to call the task.
     """
-    told = [
-        f"{effect} {minus(value, '+.1f')}" + ("" if verdict == "not distinguishable" else f" ({verdict})")
-        for effect, value, verdict in effects.select("effect_of", "effect", "verdict").rows()
-    ]
-    none = (effects["verdict"] == "not distinguishable").all()
-    said = f"{', '.join(told)} points{': none can be told from 0' if none else ''}"
+    none = (effects["verdict"] == UNDECIDED).all()
+    said = f"{', '.join(say_effects(effects))} points{': none can be told from 0' if none else ''}"
     return _differences(effects, title, f"{said[0].upper()}{said[1:]}", "means of two arms each")
 
 

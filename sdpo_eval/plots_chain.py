@@ -225,6 +225,8 @@ def _training_curves(
 
 def _say_curve(metric: pl.DataFrame, what: str, format_: str) -> str:
     """Say of each arm's last step at which value its first and its last update stand, in the mean over seeds."""
+    if metric.is_empty():
+        return f"{what}: no update was logged"
     last = metric.filter(pl.col("step") == pl.col("step").max().over("arm", "seed")).sort("update")
     ends = last.group_by("arm", "seed").agg(
         pl.col("value").first().alias("first"), pl.col("value").last().alias("last")

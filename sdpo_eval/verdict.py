@@ -9,6 +9,7 @@ import polars as pl
 
 from sdpo_data.tables import UNIT
 from sdpo_eval import plots
+from sdpo_eval.arms import UNDECIDED, say_effects
 from sdpo_eval.blocks import Block, Drawing, Estimate, Heading, Missing, Prose, Table
 from sdpo_eval.contrasts import CHECKPOINTS, METHODS, TITLES, CompareConfig, tell_kind
 from sdpo_eval.evidence import Evidence, Model, comparable_results, find_base, find_lasts
@@ -75,12 +76,17 @@ def _say_factorial(evidence: Evidence) -> Iterator[Prose]:
     if evidence.factorial.is_empty():
         return
     task = primary_task(evidence.factorial, evidence.compare)
+    shown = best_verdicts(evidence.factorial).filter(task=task)
     said = [
         f"{row['effect_of']} ({row['first']} − {row['second']}) {as_difference(row, digits=1).number}, {row['verdict']}"
-        for row in best_verdicts(evidence.factorial).filter(task=task).iter_rows(named=True)
+        for row in shown.iter_rows(named=True)
     ]
-    told = "; ".join(said[:MOST_TOLD])
-    yield Prose(f"The core factorial, points of {TITLES.get(task, task)}: {told}. These are adjusted among themselves.")
+    if len(said) > MOST_TOLD:  # a row per effect and seed
+        decided = shown.filter(pl.col("verdict") != UNDECIDED).height
+        said = [*say_effects(shown), f"{decided} of these {shown.height} can be told from none"]
+    yield Prose(
+        f"The core factorial, points of {TITLES.get(task, task)}: {'; '.join(said)}. Adjusted among themselves."
+    )
 
 
 def primary_task(contrasts: pl.DataFrame, config: CompareConfig) -> str:

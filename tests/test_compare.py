@@ -13,7 +13,7 @@ import sdpo_eval
 from sdpo_data.messages import plain_texts
 from sdpo_data.run import Run
 from sdpo_data.tables import CONTAMINATION, DOCUMENTS, ITEMS, PARTITION, SdpoError
-from sdpo_eval.arms import contrast_factorial, describe_order
+from sdpo_eval.arms import contrast_factorial, describe_order, say_effects
 from sdpo_eval.changes import FIELDS, find_changes, find_flips, find_forgetting
 from sdpo_eval.clean import Clean, read_clean
 from sdpo_eval.compare import compare_models, find_worse, main, tabulate, tabulate_beneath, tabulate_clean
@@ -130,6 +130,8 @@ def test_the_core_factorial_is_judged_on_methods_from_five_seeds_that_all_four_a
     assert got.filter(effect_of="order", verdict_on=CHECKPOINTS)["effect"].to_list() == pytest.approx(
         [40, 50] * 2 + [40]
     )
+    assert say_effects(got.filter(effect_of="order", verdict_on=CHECKPOINTS)) == ["order +40.0 to +50.0 over 5 seeds"]
+    assert say_effects(got.filter(effect_of="order", verdict_on=METHODS))[0].startswith("order +44.0")
     assert contrast_factorial(pl.concat([*frames[:15], *late]), CompareConfig()).is_empty()  # random_fixed: no seed
 
 
@@ -139,6 +141,7 @@ def test_the_core_factorial_is_judged_on_methods_from_five_seeds_that_all_four_a
         ("abcdef", "111222", "the parts, easiest first", 1.0),
         ("fedcba", "111222", "the parts, hardest first", -1.0),
         ("bafced", "111222", "other parts (67 % of pairs as the partition has them)", 1 - 6 * 16 / 210),
+        ("fedcba", "111122", "the parts, hardest first", -1.0),  # steps that keep their sizes, where parts differ
         ("abcdef", "111111", "all pairs in one step", 1.0),
         ("abcabcdef", "111222222", "growing: each step trains on its part and all before it", None),
         ("abcd", "1112", "the parts, easiest first, 67 % of all", 1.0),

@@ -194,6 +194,10 @@ def test_titles_of_the_training_say_what_it_did():
     )
 
 
+def test_a_zero_in_a_title_has_no_minus():
+    assert [canvas.minus(value, "+.1f") for value in (-0.04, -0.06, 0.06)] == ["+0.0", "−0.1", "+0.1"]
+
+
 def test_log_2_is_left_out_of_another_loss():
     spec = plots_chain.plot_loss(metrics_of("loss", step_1=2), sigmoid=False).to_dict()
     assert not any("datum" in encoding.get("y", {}) for encoding in encodings_of(spec))

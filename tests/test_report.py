@@ -213,7 +213,9 @@ def test_the_hand_off_is_judged_by_the_weights_and_by_what_the_arm_declares(own_
     own = {name: pl.when(late).then(pl.lit(keys.get(key, key))).otherwise(name) for name, key in changed.items()}
     write(path, pl.read_parquet(path).with_columns(**own), STEPS)
     lineage = json.loads((own_run / "lineage.json").read_text())
-    lineage["arms/sdpo/seed_0/step_2"]["recipe"] |= {name: keys[key] for name, key in declared.items()}
+    recipe = lineage["arms/sdpo/seed_0/step_2"]["recipe"]
+    told = {name.removesuffix("_key"): keys.get(key, key) for name, key in changed.items()}
+    recipe |= told | {name: keys[key] for name, key in declared.items()}  # what was done was declared, but where said
     (own_run / "lineage.json").write_text(json.dumps(lineage))
     report = Report(own_run)
     assert f"sdpo, seed 0: {words}" in said(own_run)

@@ -92,7 +92,7 @@ def plot_contrasts(contrasts: pl.DataFrame, title: str) -> Figure:
         contrast=pl.when("primary").then(pl.format("{} (primary)", "contrast")).otherwise("contrast")
     )
     decided = table.filter(pl.col("verdict") != UNDECIDED).height
-    said = f"{decided} of {table.height} differences can be told from none"
+    said = f"{decided or 'None'} of {table.height} differences can be told from 0"
     return _differences(table, title, said, "first minus second")
 
 

@@ -83,7 +83,7 @@ def _say_factorial(evidence: Evidence) -> Iterator[Prose]:
     ]
     if len(said) > MOST_TOLD:  # a row per effect and seed
         decided = shown.filter(pl.col("verdict") != UNDECIDED).height
-        said = [*say_effects(shown), f"{decided} of these {shown.height} can be told from none"]
+        said = [*say_effects(shown), f"{decided or 'none'} of these {shown.height} can be told from 0"]
     yield Prose(
         f"The core factorial, points of {TITLES.get(task, task)}: {'; '.join(said)}. Adjusted among themselves."
     )

@@ -192,7 +192,8 @@ def main() -> None:
     if call.asked:
         config = call.settings["score"]
         assert isinstance(config, ScoreConfig)
-        with call.run.stage("findings", {"max_length": config.max_length}, ["pairs"], force=True) as stage:
+        recipe = {"model": call.model, "max_length": config.max_length}
+        with call.run.stage("findings", recipe, ["pairs"], force=True) as stage:
             findings = stage.write("findings", check_pairs(pairs, call.model, config.max_length))
         show_findings(findings, pairs.height)
 

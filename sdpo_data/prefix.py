@@ -23,6 +23,7 @@ from sdpo_data import workers
 from sdpo_data.assets import cache_folder
 from sdpo_data.flex import flex_attention, tree_mask
 from sdpo_data.head import block_rows, logits_to_logps, read_logps, run_head
+from sdpo_data.models import NOT_NUMBERS
 from sdpo_data.run import write_atomically
 from sdpo_data.tables import SdpoError
 from sdpo_data.tree import Bin, Request, Row, plan_bins, plan_rows
@@ -35,9 +36,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 ROW_TOKENS = {"cpu": 512, "cuda": 8192}  # of a forward pass: beyond 512, dense masks cost a CPU more than they save
-TOLERANCE = {"float64": 1e-9, "float32": 1e-3, "bfloat16": 0.05, "float16": 0.01}  # nats a token, at the probe
+TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}  # nats a token, at the probe
 FLEX = ("cuda",)  # devices on which FlexAttention is tried; dense masks in short rows elsewhere
 PROBE = 24  # tokens of the smallest probe
+ROUNDING = 3  # times what a plain forward differs from itself, which is allowed to a tree too
 SLICE = 4  # numbers of each weight that tell it from another model's
 WINDOWS = {  # settings that name one, tokens -> the kind of layer it is for
     "sliding_window": "sliding_attention",
@@ -319,9 +321,10 @@ def read_model(model: "PreTrainedModel", length: int = PROBE) -> Reading:
     """Measure how a model can be read, as deep as `length` tokens; remembered on disk, as a probe takes seconds.
 
     A probe of random tokens is computed as a tree cut into rows, and as plain sequences. The tree is
-    right where it differs no more than TOLERANCE, or than three times what a plain forward differs
-    from itself when it is padded. Beyond the length where it is not, shorter ones are tried. What is
-    beyond a window that the config names is not tried: weights may hide there what others show.
+    right where it differs no more than TOLERANCE anywhere, or on average (root mean square) no more than
+    ROUNDING times what a plain forward differs from itself in two pieces: rounding grows with depth.
+    Beyond the length where it is not, shorter ones are tried. What is beyond a window that the config
+    names is not tried: weights may hide there what others show.
     """
     name = _identity(model)
     memo = cache_folder() / "readings" / f"{name}.json"
@@ -340,7 +343,7 @@ def _identity(model: "PreTrainedModel") -> str:
     import torch
     import transformers
 
-    config = {name: value for name, value in model.config.to_dict().items() if name != "_name_or_path"}
+    config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_NUMBERS}
     what = [type(model).__name__, config, model.config._attn_implementation, str(model.dtype), model.device.type]
     what += [_weights_hash(model), TOLERANCE[str(model.dtype).removeprefix("torch.")]]
     text = json.dumps([*what, torch.__version__, transformers.__version__], sort_keys=True, default=str)
@@ -375,9 +378,6 @@ def _probe(model: "PreTrainedModel", length: int) -> Reading:
         allowed = TOLERANCE[str(model.dtype).removeprefix("torch.")]
         if (logits - split).abs().max() > allowed:
             return Reading(0, length, split_head=False)
-        padded = _states(model, np.concatenate([ids[:PROBE], ids[:7]]))[:PROBE]
-        noise = (run_head(model, padded).log_softmax(-1) - split.log_softmax(-1)).abs().max()
-        allowed = max(allowed, 3 * float(noise))
         for flex in (True, False) if model.device.type in FLEX else (False,):
             fits = min(length, window_length(model))
             while fits and not all(
@@ -408,10 +408,41 @@ def _tree_is_right(model: "PreTrainedModel", ids: np.ndarray, length: int, allow
         if place and length > PROBE:  # the longest tells of depth, a short probe of branches
             continue
         tokens = np.asarray(requests[place][0])
-        alone, _ = read_logps(model, _states(model, tokens), np.arange(len(tokens) - 1), tokens[1:])
-        if not np.abs(alone.float().cpu().numpy() - packed).max() <= allowed:
+        alone = _logps(model, tokens, _states(model, tokens))
+        gaps = packed - alone
+        if not np.abs(gaps).max() <= allowed and not _size(gaps) <= ROUNDING * _rounding(model, tokens, alone):
             return False
     return True
+
+
+def _logps(model: "PreTrainedModel", tokens: np.ndarray, states: "torch.Tensor") -> np.ndarray:
+    logps, _ = read_logps(model, states, np.arange(len(tokens) - 1), tokens[1:])
+    return logps.float().cpu().numpy()
+
+
+def _rounding(model: "PreTrainedModel", tokens: np.ndarray, alone: np.ndarray) -> float:
+    """Measure how far a plain forward is from itself in two pieces, the second reading the first's cache: `_size`."""
+    import torch
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    try:
+        pieces = [
+            model.base_model(
+                input_ids=torch.from_numpy(np.asarray(piece, dtype=np.int64))[None].to(model.device),
+                past_key_values=cache, use_cache=True,
+            ).last_hidden_state[0]
+            for piece in np.array_split(tokens, 2)
+        ]  # fmt: skip
+    except UNREADABLE as error:
+        _note_unreadable(model, error)
+        return 0.0
+    return _size(_logps(model, tokens, torch.cat(pieces)) - alone)
+
+
+def _size(gaps: np.ndarray) -> float:
+    """Root mean square, nats a token: steadier than the largest of thousands."""
+    return float(np.sqrt(np.mean(np.square(gaps, dtype=np.float64))))
 
 
 def _note_unreadable(model: "PreTrainedModel", error: Exception) -> None:

@@ -18,10 +18,11 @@ from sdpo_data import workers
 from sdpo_data.config import Command, read_command
 from sdpo_data.console import command, print_table, say
 from sdpo_data.models import load_tokenizer
+from sdpo_data.tables import DOCUMENTS
 from sdpo_eval.contrasts import TITLES
 from sdpo_eval.evaluation import carry_out
 from sdpo_eval.h4 import MEAN, TASKS
-from sdpo_eval.plan import EvalConfig, list_documents, plan_evaluation, plan_questions
+from sdpo_eval.plan import EvalConfig, list_documents, other_limit, other_tasks, plan_evaluation, plan_questions
 
 MODEL_HELP = (
     "The model evaluated, of a run with steps the one before step 1, evaluated as arm base: "
@@ -63,10 +64,18 @@ def main() -> None:
 
 
 def _write_documents(call: Command, config: EvalConfig) -> None:
-    documents = list_documents(plan_questions(config, call.run).values())
+    others: list[dict] = []
+    for name in other_tasks(config):
+        from sdpo_eval.harness import list_questions  # lm-eval loads only where it is asked
+
+        others += list_questions(name, other_limit(config), config.task_dir)
+    known = list_documents(plan_questions(config, call.run).values())
+    documents = pl.concat([known, pl.DataFrame(others, DOCUMENTS)])
     with call.run.stage("documents", config.model_dump(exclude={"token_budget"}), force=True) as stage:
         stage.write("documents", documents)
-    counts = ", ".join(f"{TITLES[task]} {n:,}" for task, n in documents["task"].value_counts(sort=True).rows())
+    counts = ", ".join(
+        f"{TITLES.get(task, task)} {n:,}" for task, n in documents["task"].value_counts(sort=True).rows()
+    )
     say(f"{call.run.path / 'documents.parquet'}: {documents.height:,} questions ({counts})")
 
 

@@ -7,6 +7,7 @@ import polars as pl
 
 from sdpo_eval.canvas import minus
 from sdpo_eval.contrasts import CONTRASTS, CompareConfig, Side, contrast_models
+from sdpo_eval.stats import UNDECIDED
 
 SETTINGS = ("beta", "learning_rate", "epochs", "batch_pairs", "loss", "schedule", "optimizer", "lora_rank")
 """Settings of training that an arm may have of its own: shown where the arms of a run differ in one."""
@@ -17,7 +18,6 @@ EFFECTS = {
 }
 """Effect of the core factorial -> its two sides, each with the two arms that are averaged; the first minus the second.
 So the interaction is half of (sdpo - sdpo_fixed) - (random - random_fixed), on the scale of the main effects."""
-UNDECIDED = "not distinguishable"
 CORE = ("sdpo", "sdpo_fixed", "random", "random_fixed")
 
 
@@ -90,7 +90,7 @@ def describe_arms(
                 del row[name]
     told = [name for name in rows[0] if name not in ("arm", "seeds", "rank_with_difficulty")] if rows else []
     for row in rows[1:]:
-        differ = [f"{name.replace('_', ' ')}" for name in told if row[name] != rows[0][name]]
+        differ = [name.replace("_", " ") for name in told if row[name] != rows[0][name]]
         row[f"differs_from_{rows[0]['arm']}_in"] = ", ".join(differ) or "nothing"
     return rows
 

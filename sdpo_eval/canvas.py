@@ -182,7 +182,9 @@ def lines_by_step(
     y: Any = alt.Y("value:Q", title=y_title, scale=alt.Scale(zero=False, nice=True))
     tooltips = tooltip("model", ("value", ".2f", y_title), *BOUNDS, *shown)
     base = alt.Chart().encode(x=x, detail="seed:N")
-    bars = base.mark_rule(strokeWidth=1.5).encode(stroke("arm"), y=alt.Y("low:Q", title=y_title), y2="high:Q")
+    known = {end: f"isValid(datum.{end}) ? datum.{end} : datum.value" for end in ("low", "high")}  # else no bar at all
+    bars = base.transform_calculate(**known).mark_rule(strokeWidth=1.5)
+    bars = bars.encode(stroke("arm"), y=alt.Y("low:Q", title=y_title), y2="high:Q")
     lines = base.mark_line(strokeWidth=2).encode(stroke("arm"), dash("arm"), y=y)
     points = base.mark_point(filled=True, size=75, opacity=1).encode(*marks("arm"), y=y, tooltip=tooltips)
     return [bars, lines, points]

@@ -43,12 +43,11 @@ CHANGES = pl.Schema(
         "item_id": pl.String,
         "subject": pl.String,
         "question": pl.String,  # its text; its id where that is not known
-        "outcome": pl.String,  # one of OUTCOMES
+        "outcome": pl.String,  # one of TURNED, "right in both", "wrong in both", or "no one right answer"
         "change": pl.Float64,  # of the right answer's log-probability, first - second, nats; null where it is not known
     }
 )
 TURNED = ("became right", "became wrong")  # from the second model to the first
-OUTCOMES = (*TURNED, "right in both", "wrong in both", "no one right answer")
 
 
 def find_forgetting(first: Side, second: Side) -> pl.DataFrame:

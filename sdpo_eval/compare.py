@@ -19,7 +19,7 @@ import tyro
 from sdpo_data.config import read_section
 from sdpo_data.console import command, print_table, say
 from sdpo_data.run import Run, open_run
-from sdpo_data.tables import ITEMS, UNIT, SdpoError
+from sdpo_data.tables import UNIT, SdpoError
 from sdpo_eval.changes import find_changes, find_flips
 from sdpo_eval.clean import read_clean
 from sdpo_eval.contrasts import (
@@ -125,7 +125,7 @@ def _are_one(first: Side, second: Side, runs: list[Run]) -> bool:
 
 def _chosen(run: Run, wanted: str | None) -> Side:
     """Find the models that ARM[/SEED[/STEP]] names, or the ones a run is about."""
-    items = pl.concat([run.items.select(list(ITEMS)), as_items(read_held_out(run))])
+    items = pl.concat([run.items, as_items(read_held_out(run))])
     if items.is_empty():
         raise SdpoError(f"{run.path} holds no answers. Make them with: python -m sdpo_eval {run.path}")
     if wanted is None:

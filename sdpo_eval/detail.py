@@ -11,7 +11,7 @@ from sdpo_eval.arms import describe_arms
 from sdpo_eval.blocks import Block, Drawing, Estimate, Heading, Prose, Table
 from sdpo_eval.changes import find_changes, find_flips, find_forgetting
 from sdpo_eval.contrasts import CHECKPOINTS, METHODS, METRICS, TITLES, Side, contrast_models, pair_seeds
-from sdpo_eval.evidence import Evidence, pair_sides
+from sdpo_eval.evidence import Evidence, pair_sides, pair_steps
 from sdpo_eval.held_out import find_best_steps
 from sdpo_eval.margins import HELD_OUT, measure_displacement, summarise_margins
 from sdpo_eval.verdict import as_difference, best_verdicts, contrast_row, name_command, name_contrast, primary_task
@@ -107,7 +107,7 @@ def tell_changes(evidence: Evidence) -> Iterator[Block]:
     if rows:
         units = {"gold_logp": "nats", "logp_margin": "nats", "choice_margin": "points"}
         yield Table("likelihoods", title, list(rows.values()), units, folded=True)
-    yield from _flips(evidence, models)
+    yield from _flips(evidence, [*models, *pair_steps(evidence)])
 
 
 def tell_forgetting(evidence: Evidence) -> Iterator[Block]:

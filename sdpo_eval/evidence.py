@@ -82,7 +82,7 @@ class Evidence:
         """All that models are compared by: answers under the protocols of the results shown, and held-out pairs."""
         shown = comparable_results(self.results)
         items = self.items.join(shown, on=[*UNIT, "protocol", "task"], how="semi")
-        return pl.concat([items.select(list(ITEMS)), as_items(self.held_out_scores)])
+        return pl.concat([items, as_items(self.held_out_scores)])
 
     @cached_property
     def contrasts(self) -> pl.DataFrame:
@@ -205,6 +205,22 @@ def pair_sides(evidence: Evidence) -> list[tuple[Side, Side]]:
     pairs = [(last, base) for last in lasts if base]
     pairs += [(one, two) for one in lasts for two in lasts if _opposed(one.arm, two.arm, evidence.runs)]
     return [(one, two) for one, two in pairs if _comparable(one, two)]
+
+
+def pair_steps(evidence: Evidence) -> list[tuple[Side, Side]]:
+    """Set every step's model against that of the step before, in each arm and seed; the first against the base model.
+
+    Left out is what `pair_sides` has too: the only step of an arm against the base model.
+    """
+    answers, pairs = evidence.answers, []
+    base = answers.filter(arm="base", step=0)
+    for (arm, seed), own in answers.filter(pl.col("arm") != "base").group_by("arm", "seed", maintain_order=True):
+        steps = own.sort("step").partition_by("step", maintain_order=True)
+        models = [Side(f"{arm} seed {seed} step {one['step'][0]}", str(arm), one) for one in steps]
+        before = [Side("base", "base", base), *models] if base.height else models
+        if len(models) > 1:
+            pairs += zip(models if base.height else models[1:], before, strict=False)
+    return pairs
 
 
 def _opposed(one: str, two: str, runs: tuple[str, ...]) -> bool:

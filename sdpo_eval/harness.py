@@ -200,7 +200,7 @@ def evaluate_task(lm: "HFLM", name: str, limit: int | None, task_dir: str | None
 
 def _evaluated(got: Any, tasks: list[Any], dtype: str) -> "Evaluated":
     results, items, questions = [], [], []
-    asks = {task.config.task: task.doc_to_text for task in tasks}
+    asks = {task.config.task: task for task in tasks}
     for task, samples in got["samples"].items():
         counts = got["n-samples"][task]
         hashes = sorted({(sample["doc_hash"], sample["prompt_hash"]) for sample in samples})
@@ -211,10 +211,36 @@ def _evaluated(got: Any, tasks: list[Any], dtype: str) -> "Evaluated":
         for sample in samples:
             if sample["filter"] == first:
                 items += _item_rows(task, protocol, sample)
-                text, key = asks[task](sample["doc"]), f"{task}/{sample['doc_id']}"
-                text = text if isinstance(text, str) else sample["arguments"][0][0]  # winogrande's is which blank it is
+                text, key = _question(asks[task], sample["doc"]), f"{task}/{sample['doc_id']}"
                 questions.append({"protocol": protocol, "task": task, "item_id": key, "text": text})
     return Evaluated(results, items, questions)
+
+
+def list_questions(name: str, limit: int | None, task_dir: str | None) -> list[dict[str, Any]]:
+    """List what a task of lm-eval asks, as text, without a model: rows of DOCUMENTS.
+
+    Args:
+        name: a task of lm-eval, or of task_dir.
+        limit: only its first documents, as `evaluate_task` asks them; None for all.
+        task_dir: folder with task files of one's own.
+
+    Raises:
+        SdpoError: there is no such task, or its data is out of reach.
+    """
+    with quiet():
+        tasks, _ = _load_tasks(name, task_dir)
+        return [
+            {"protocol": f"lm-eval {LM_EVAL}", "task": task.config.task, "item_id": f"{task.config.task}/{place}"}
+            | {"text": _question(task, doc)}
+            for task in tasks
+            for place, doc in task.doc_iterator(limit=limit)
+        ]
+
+
+def _question(task: Any, doc: dict[str, Any]) -> str:
+    """Write a document's question; where the choices stand within it, as winogrande's, with the first one in place."""
+    text = task.doc_to_text(doc)
+    return text if isinstance(text, str) else str(task.doc_to_choice(doc)[0])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import altair as alt
 import polars as pl
 
-from sdpo_eval.arms import UNDECIDED, say_effects
+from sdpo_eval.arms import say_effects
 from sdpo_eval.canvas import (
     BARS,
     BOUNDS,
@@ -36,6 +36,7 @@ from sdpo_eval.canvas import (
     styled,
     tooltip,
 )
+from sdpo_eval.stats import UNDECIDED
 
 ASKED = ("n", ",", "questions")
 

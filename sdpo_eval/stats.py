@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import special
 
+UNDECIDED = "not distinguishable"
 ALPHA = 0.05
 POWER = 0.8
 ENOUGH_SEEDS = 5  # fewer tell checkpoints apart, not methods
@@ -310,5 +311,5 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def judge(effect: float, p: float | None, alpha: float = ALPHA) -> str:
     """Say "better", "worse" or "not distinguishable"; without a p-value it is the last."""
     if p is None or p >= alpha:
-        return "not distinguishable"
+        return UNDECIDED
     return "better" if effect > 0 else "worse"

@@ -9,14 +9,14 @@ import polars as pl
 
 from sdpo_data.tables import UNIT
 from sdpo_eval import plots
-from sdpo_eval.arms import UNDECIDED, say_effects
+from sdpo_eval.arms import say_effects
 from sdpo_eval.blocks import Block, Drawing, Estimate, Heading, Missing, Prose, Table
 from sdpo_eval.contrasts import CHECKPOINTS, METHODS, TITLES, CompareConfig, tell_kind
 from sdpo_eval.evidence import Evidence, Model, comparable_results, find_base, find_lasts
 from sdpo_eval.h4 import MEAN, TASKS
 from sdpo_eval.margins import HELD_OUT, summarise_margins
 from sdpo_eval.published import TABLE_2
-from sdpo_eval.stats import ALPHA
+from sdpo_eval.stats import ALPHA, UNDECIDED
 
 ENOUGH_QUESTIONS = 500  # with fewer, a task's standard error is above 2 points
 MOST_TOLD = 4  # contrasts in the first sentence of the verdict; half of it in the second
@@ -196,7 +196,8 @@ def _contrast_tables(evidence: Evidence) -> Iterator[Table]:
     if shown[0]:
         yield Table("contrasts", title, shown[0])
     if shown[1]:
-        yield Table("task_contrasts", f"{title}: all others", shown[1], folded=bool(shown[0]))
+        others = f"{title}: all others" if shown[0] else title
+        yield Table("task_contrasts", others, shown[1], folded=bool(shown[0]))
 
 
 def _beside_the_paper(results: pl.DataFrame) -> pl.DataFrame:

@@ -29,9 +29,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def explained(
-    work: StepWork, config: StepConfig, phase: Phase = "training", longest: int | None = None
-) -> Iterator[None]:
+def explained(work: StepWork, config: StepConfig, phase: Phase, longest: int | None = None) -> Iterator[None]:
     """Turn what the user can mend, memory and disk, into a sentence; the last checkpoint stands.
 
     Args:

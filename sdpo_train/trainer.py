@@ -110,6 +110,7 @@ def train_pairs(
         Interrupted: a signal asked to stop; a checkpoint was written first.
     """
     key = work.key(config)
+    told = {name: getattr(model.config, name, None) for name in ("use_cache", "pad_token_id")}
     found = newest(scratch, key) if workers.is_main() else None
     found = workers.share(found)
     events = work.out.parent / "runs" / work.out.name
@@ -141,6 +142,7 @@ def train_pairs(
     metrics = _metrics(work, trainer.state.log_history)
     handoff.check_losses(work, config, metrics.filter(pl.col("name") == "loss").sort("update")["value"], reference)
     vars(trained).pop("forward", None)  # what TRL put there
+    trained.config.update(told)  # as it came: TRL turns the cache off, and a model saved so would write slowly
     return Trained(trained.eval(), metrics, trainer.state.global_step, watch.facts.get("start_gap"))
 
 

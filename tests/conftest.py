@@ -8,6 +8,7 @@ import polars as pl
 import pytest
 
 from sdpo_data.pairs import read_pairs
+from sdpo_data.run import Run
 from sdpo_data.tables import SCORES
 
 ROOT = Path(__file__).parent.parent
@@ -123,3 +124,15 @@ def shared_data() -> Path:
     if not SHARED.is_dir():
         pytest.skip(f"no shared data at {SHARED} (set SDPO_SHARED_DATA)")
     return SHARED
+
+
+def ready_to_train(path: Path, pairs: pl.DataFrame, model: Path, parts: int) -> Run:
+    """Make a run folder that a step can be trained in: pairs, scores, and a partition in so many parts."""
+    from sdpo_data import PartitionConfig, partition_pairs, score_pairs
+
+    path.mkdir()
+    scores = score_pairs(pairs, model)
+    partition = partition_pairs(scores, PartitionConfig(parts=parts))
+    for name, frame in (("pairs", pairs), ("scores", scores), ("partition", partition)):
+        frame.write_parquet(path / f"{name}.parquet")
+    return Run(path)

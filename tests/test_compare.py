@@ -28,6 +28,7 @@ from sdpo_eval.contrasts import (
     pair_questions,
     tell_kind,
 )
+from sdpo_eval.evidence import pair_steps, read_evidence
 from sdpo_eval.margins import HELD_OUT, HELD_OUT_SCORES, as_documents, as_items, read_held_out
 from sdpo_eval.report import Report
 
@@ -693,6 +694,14 @@ def test_what_lies_beneath_the_score_is_shown(run, capsys):
     assert set(tabulate(got)["task"]) == set(tabulate(compare_models(run))["task"])
     main([str(run)])
     assert "beneath the score" in capsys.readouterr().out
+
+
+def test_flips_are_told_from_step_to_step(run):
+    """Of sdpo's two steps: step 1 against the base model, step 2 against step 1; dpo's one step is no chain."""
+    pairs = [(one.name, two.name) for one, two in pair_steps(read_evidence(Run(run)))]
+    assert pairs == [("sdpo seed 0 step 1", "base"), ("sdpo seed 0 step 2", "sdpo seed 0 step 1")]
+    counted = Report(run).table("flips")
+    assert "sdpo seed 0 step 2 − sdpo seed 0 step 1" in set(counted["contrast"])
 
 
 def test_held_out_pairs_fail_no_gate_but_alone():

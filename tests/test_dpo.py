@@ -1,5 +1,6 @@
 """One real step of DPO on a tiny model: what it hands on, and that every false hand-off is caught."""
 
+import json
 import math
 
 import polars as pl
@@ -134,15 +135,31 @@ def test_a_loss_that_is_not_finite_stops_the_step(work):
     assert not work().out.exists()
 
 
-@pytest.mark.real
-def test_forgetting_is_told_of_the_pairs_that_each_part_holds_out(pairs, tiny_model, tmp_path):
-    """Of step 2, on the pair held out of part 1: margin under M_2 less that under M_1, nats."""
+@pytest.mark.parametrize("lora_rank", [0, 2])
+def test_a_saved_model_has_the_config_it_started_with(work, tiny_model, lora_rank):
+    """Training turns the cache off; a model saved so would write its answers without one."""
+    train_step(work(), FAST.model_copy(update={"lora_rank": lora_rank}))
+    before, after = (json.loads((folder / "config.json").read_text()) for folder in (tiny_model, work().out))
+    told = ("transformers_version", "dtype")
+    assert {k: v for k, v in after.items() if k not in told} == {k: v for k, v in before.items() if k not in told}
+
+
+@pytest.fixture
+def held_apart(pairs, tiny_model, tmp_path):
+    """A run, SCORES, and pairs in two parts that each hold one prompt of four out."""
     run = Run(tmp_path / "run")
     run.path.mkdir()
     scores = score_pairs(pairs, tiny_model)
     divided = divide_pairs(scores, PartitionConfig(parts=2, hold_out=0.3))
-    assert sorted(divided.held_out["step"]) == [1, 2]  # one prompt of four, of each part
+    assert sorted(divided.held_out["step"]) == [1, 2]
     divided.held_out.write_parquet(run.path / "held_out_parts.parquet")
+    return run, scores, divided
+
+
+@pytest.mark.real
+def test_forgetting_is_told_of_the_pairs_that_each_part_holds_out(pairs, tiny_model, held_apart):
+    """Of step 2, on the pair held out of part 1: margin under M_2 less that under M_1, nats."""
+    run, scores, divided = held_apart
     config = TrainConfig(learning_rate=1e-3, batch_pairs=2, kl_samples=0)
     steps = run_sdpo(pairs, divided.partition, tiny_model, run.path, scores=scores, config=config)
     told = dict(run.metrics.filter(step=2).select("name", "value").rows())
@@ -156,13 +173,9 @@ def test_forgetting_is_told_of_the_pairs_that_each_part_holds_out(pairs, tiny_mo
 
 
 @pytest.mark.real
-def test_forgetting_is_told_of_every_arm_that_has_parts(pairs, tiny_model, tmp_path):
+def test_forgetting_is_told_of_every_arm_that_has_parts(pairs, tiny_model, held_apart):
     """Of hard_to_easy the held-out pair of the harder part is the earlier one; of random steps none is."""
-    run = Run(tmp_path / "run")
-    run.path.mkdir()
-    scores = score_pairs(pairs, tiny_model)
-    divided = divide_pairs(scores, PartitionConfig(parts=2, hold_out=0.3))
-    divided.held_out.write_parquet(run.path / "held_out_parts.parquet")
+    run, scores, divided = held_apart
     config = TrainConfig(
         arms=["hard_to_easy", "length_only", "cumulative", "random"], learning_rate=1e-3, batch_pairs=2, kl_samples=0
     )

@@ -10,7 +10,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from sdpo_data import PartitionConfig, partition_pairs, score_pairs
 from sdpo_data.run import Run
 from sdpo_data.tables import SdpoError
 from sdpo_train import dpo, trainer
@@ -18,6 +17,7 @@ from sdpo_train.config import ROW_TOKENS, StepConfig
 from sdpo_train.dpo import train_step
 from sdpo_train.failures import Interrupted, explained, noted_signals
 from sdpo_train.work import StepWork
+from tests.conftest import ready_to_train
 from tests.test_dpo import FAST, work  # noqa: F401 (a fixture)
 
 
@@ -66,7 +66,7 @@ def test_a_full_disk_is_told(error):
 )
 def test_a_bug_is_not_explained_away(text):
     step = StepWork("sdpo", 0, 2, pl.DataFrame(), "s", "k", "s", "k", None, dpo.Path("runs/step_2"))
-    with pytest.raises(RuntimeError, match=text), explained(step, FAST):
+    with pytest.raises(RuntimeError, match=text), explained(step, FAST, "training"):
         raise RuntimeError(text)
 
 
@@ -202,12 +202,7 @@ def test_a_signal_that_nothing_looked_at_is_not_lost():
 
 @pytest.fixture
 def run(pairs, tiny_model, tmp_path) -> Run:
-    run = Run(tmp_path / "run")
-    run.path.mkdir()
-    scores = score_pairs(pairs, tiny_model)
-    pairs.write_parquet(run.path / "pairs.parquet")
-    scores.write_parquet(run.path / "scores.parquet")
-    partition_pairs(scores, PartitionConfig(parts=2)).write_parquet(run.path / "partition.parquet")
+    run = ready_to_train(tmp_path / "run", pairs, tiny_model, parts=2)
     (run.path / "config.yaml").write_text(f"model: {tiny_model}\ntrain: {{learning_rate: 1.0e-3, kl_samples: 2}}\n")
     return run
 

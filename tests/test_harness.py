@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+from types import SimpleNamespace
 
 import polars as pl
 import pytest
@@ -16,7 +17,7 @@ from sdpo_data import assets
 from sdpo_data.models import load_model, model_key
 from sdpo_data.run import Run
 from sdpo_data.tables import CONTAMINATION, DOCUMENTS, ITEMS, RESULTS, STEPS, SdpoError, check
-from sdpo_eval import EvalConfig, answers, compare_models, evaluate, h4, h4_v1, questions
+from sdpo_eval import EvalConfig, answers, compare_models, evaluate, h4, h4_v1, harness, questions
 from sdpo_eval.answers import answer_requests
 from sdpo_eval.changes import find_changes, find_flips, find_forgetting
 from sdpo_eval.contrasts import choose_models
@@ -771,6 +772,27 @@ def test_what_is_evaluated_as_text(small, run, run_command):
     assert texts[f"hellaswag/{row}"] == f"[title] She takes  {WORDS[row]}. Then she"
     assert texts[documents.filter(task="arc_challenge")["item_id"][0]].startswith("Which is ")
     assert not (run / "results.parquet").exists()
+
+
+def test_what_a_task_beside_h4_asks_as_text(other_tasks, small, models, run, run_command):
+    """The same texts, under the same ids, as an evaluation keeps; as many as are asked."""
+    names = ["choose", "write_it"]
+    flags = ["--tasks", "arc_challenge", *names, "--limit", 2, "--data-dir", small, "--task-dir", other_tasks]
+    code, _, err = run_command("sdpo_eval.__main__", run, "--documents", *flags)
+    assert code == 0, err
+    written = Run(run).read("documents").filter(pl.col("task").is_in(names))
+    assert dict(written["task"].value_counts().rows()) == dict.fromkeys(names, 2)
+    evaluate(models / "base", config(small, tasks=names, limit=2, task_dir=str(other_tasks)), run)
+    kept = Run(run).questions.filter(pl.col("task").is_in(names))
+    key = ["task", "item_id", "text"]
+    assert written.select(key).sort(key).equals(kept.select(key).sort(key))
+
+
+def test_a_question_whose_choices_stand_within_it_is_told_with_the_first():
+    doc = {"sentence": "Ann thanked _ .", "options": ["Ann thanked Eve", "Ann thanked her"]}
+    within = SimpleNamespace(doc_to_text=lambda _: 1, doc_to_choice=lambda doc: doc["options"])  # as winogrande is
+    assert harness._question(within, doc) == "Ann thanked Eve"
+    assert harness._question(SimpleNamespace(doc_to_text=lambda doc: doc["sentence"]), doc) == "Ann thanked _ ."
 
 
 def test_clean_results_leave_out_what_training_pairs_touch(small, models, run, pairs, caplog):

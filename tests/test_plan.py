@@ -6,13 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sdpo_data import PartitionConfig, partition_pairs, score_pairs
+from sdpo_data import score_pairs
 from sdpo_data.run import Run
 from sdpo_train import TrainConfig, run_sdpo
 from sdpo_train.arms import ARMS, CORE
 from sdpo_train.config import StepConfig
 from sdpo_train.plan import plan_units
 from sdpo_train.work import count_updates
+from tests.conftest import ready_to_train
 from tests.test_steps import FakeStep
 
 CONFIG = TrainConfig(arms=["core", "dpo", "target_from_s", "cumulative", "adaptive"], batch_pairs=2, epochs=2)
@@ -20,14 +21,8 @@ CONFIG = TrainConfig(arms=["core", "dpo", "target_from_s", "cumulative", "adapti
 
 @pytest.fixture
 def run(pairs, tiny_model, tmp_path) -> Run:
-    """A run that is ready to train: pairs, scores, and a partition in three steps of 3, 3 and 2 pairs."""
-    run = Run(tmp_path / "run")
-    run.path.mkdir()
-    scores = score_pairs(pairs, tiny_model)
-    pairs.write_parquet(run.path / "pairs.parquet")
-    scores.write_parquet(run.path / "scores.parquet")
-    partition_pairs(scores, PartitionConfig(parts=3)).write_parquet(run.path / "partition.parquet")
-    return run
+    """A run that is ready to train, in three steps of 3, 3 and 2 pairs."""
+    return ready_to_train(tmp_path / "run", pairs, tiny_model, parts=3)
 
 
 def test_the_plan_is_what_is_then_trained(run, tiny_model):

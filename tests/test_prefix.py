@@ -119,6 +119,23 @@ def test_other_weights_of_one_config_are_measured_by_themselves(monkeypatch, own
     assert [read_model(model, 44).packed_length for model in (flat, usual)] == [44, 11]
 
 
+def test_rounding_is_no_reason_against_a_tree_and_a_wrong_tree_is_not_rounding(monkeypatch, own_cache):
+    """Without any tolerance, what a plain forward in two pieces rounds away still lets the right tree through."""
+    monkeypatch.setitem(prefix.TOLERANCE, "float32", 0.0)
+    assert read_model(build("llama"), 200).packed_length == 200
+    monkeypatch.setattr(prefix, "window_length", lambda _: 2**31)  # a window of 16 that a tree's mask does not know
+    monkeypatch.setattr(prefix, "_readings", {})
+    assert read_model(build("mistral"), 44).packed_length <= 16
+
+
+def test_a_model_saved_after_training_is_read_as_the_one_before(own_cache):
+    """Its config says other things that are no numbers: where it came from, whether it caches."""
+    one, two = build("llama"), build("llama")
+    two.load_state_dict(one.state_dict())
+    two.config.use_cache, two.config._name_or_path = False, "elsewhere"
+    assert prefix._identity(one) == prefix._identity(two)
+
+
 def test_a_deeper_request_is_probed_deeper_and_a_known_depth_is_not(own_cache, monkeypatch):
     model = build("llama")
     assert read_model(model, 30).probed == 30

@@ -8,10 +8,9 @@ import sys
 import polars as pl
 import pytest
 
-from sdpo_data import PartitionConfig, partition_pairs, score_pairs
 from sdpo_data.models import load_model, model_key
 from sdpo_data.run import Run
-from tests.conftest import ROOT
+from tests.conftest import ROOT, ready_to_train
 
 pytestmark = pytest.mark.real
 
@@ -31,12 +30,8 @@ def launch(pairs, tiny_model, tmp_path):
     def launch(processes: int, rank: int) -> tuple[Run, str]:
         run = Run(tmp_path / f"run_{processes}")
         if not run.path.exists():
-            run.path.mkdir()
-            scores = score_pairs(pairs, tiny_model)
-            pairs.write_parquet(run.path / "pairs.parquet")
+            ready_to_train(run.path, pairs, tiny_model, parts=2)
             pairs.head(2).write_parquet(run.path / "held_out.parquet")
-            scores.write_parquet(run.path / "scores.parquet")
-            partition_pairs(scores, PartitionConfig(parts=2)).write_parquet(run.path / "partition.parquet")
             text = SETTINGS.replace("MODEL", str(tiny_model)).replace("RANK", str(rank))
             (run.path / "config.yaml").write_text(text)
         with socket.socket() as free:

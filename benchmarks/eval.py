@@ -27,7 +27,8 @@ import tyro
 import sdpo_data as data
 from sdpo_data.console import print_table
 from sdpo_data.models import load_tokenizer
-from sdpo_data.prefix import ROW_TOKENS, read_model
+from sdpo_data.prefix import ROW_TOKENS
+from sdpo_data.probe import read_model
 from sdpo_data.run import Run
 from sdpo_data.tree import count_tokens, plan_bins
 from sdpo_eval.answers import answer_requests, score_answers

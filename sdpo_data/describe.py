@@ -37,10 +37,10 @@ def describe_scores(scores: pl.DataFrame) -> pl.DataFrame:
 
     Returns:
         source, pairs, prompts; reward_accuracy and per_token (share of pairs with a positive
-        summed or per-token margin), each with the ends of its 95 % interval (Wilson's, at the
-        effective number of pairs, clustered by prompt); effective_pairs (of reward_accuracy);
-        mean_margin (nats), longer_chosen (share of pairs), length_rho (Spearman's, of the margin
-        with the token difference; null where one of them does not vary).
+        summed or per-token margin), each with the ends of its 95 % interval (Wilson's) and the
+        effective number of pairs behind it, clustered by prompt; mean_margin (nats), longer_chosen
+        (share of pairs), length_rho (Spearman's, of the margin with the token difference; null
+        where one of them does not vary).
 
     Source: reward accuracy, arXiv 2403.19270 section 3.1.
     """
@@ -54,30 +54,33 @@ def describe_scores(scores: pl.DataFrame) -> pl.DataFrame:
     ends = {}
     for name in shares:
         ends[f"{name}_low"], ends[f"{name}_high"] = wilson_interval(pl.col(name), effective_size(name))
-    columns = [column for name in shares for column in (name, f"{name}_low", f"{name}_high")]
+        ends[f"{name}_effective"] = effective_size(name)
+    columns = [name + end for name in shares for end in ("", "_low", "_high", "_effective")]
     return (
-        accuracies.with_columns(**ends, effective_pairs=effective_size("reward_accuracy"))
+        accuracies.with_columns(**ends)
         .join(margins, on="source")
         .rename({"n": "pairs", "clusters": "prompts"})
-        .select("source", "pairs", "prompts", *columns, "effective_pairs", *margins.columns[1:])
+        .select("source", "pairs", "prompts", *columns, *margins.columns[1:])
         .sort("reward_accuracy", "source", descending=[True, False])
     )
 
 
 def unclear_orders(described: pl.DataFrame) -> Iterator[str]:
-    """Say of each two neighbours by reward accuracy whose order may be chance, with the p value.
+    """Say of each two neighbours by reward accuracy, raw and per token, whose order may be chance, with the p value.
 
     Args:
         described: of `describe_scores`. Its sources are taken to share no prompts.
     """
-    rows = list(described.select("source", "reward_accuracy", "effective_pairs").iter_rows())
-    for (easier, *first), (harder, *second) in itertools.pairwise(rows):
-        chance = compare_shares((first[0], first[1]), (second[0], second[1]))
-        if chance >= 0.05:
-            yield (
-                f"reward accuracy does not tell {easier} ({first[0]:.3f}) from {harder} ({second[0]:.3f}): p = "
-                f"{chance:.2g} (two-sided, clustered by prompt)"
-            )
+    for name, title in (("reward_accuracy", "reward accuracy"), ("per_token", "reward accuracy per token")):
+        ranked = described.sort(name, "source", descending=[True, False])
+        rows = list(ranked.select("source", name, f"{name}_effective").iter_rows())
+        for (easier, *first), (harder, *second) in itertools.pairwise(rows):
+            chance = compare_shares((first[0], first[1]), (second[0], second[1]))
+            if chance >= 0.05:
+                yield (
+                    f"{title} does not tell {easier} ({first[0]:.3f}) from {harder} ({second[0]:.3f}): p = "
+                    f"{chance:.2g} (two-sided, clustered by prompt)"
+                )
 
 
 def describe_definitions(scores: pl.DataFrame, definition: str | None = None) -> pl.DataFrame:
@@ -178,9 +181,9 @@ def print_report(scores: pl.DataFrame, definition: str | None = None, rescored: 
         pl.Series(name, [interval(*row) for row in described.select(name, f"{name}_low", f"{name}_high").rows()])
         for name in ("reward_accuracy", "per_token")
     )
-    hidden = [name for name in described.columns if name.endswith(("_low", "_high"))]
+    hidden = [name for name in described.columns if name.endswith(("_low", "_high", "_effective"))]
     title = "reference model on each source: shares with 95 % intervals clustered by prompt; mean margin in nats"
-    print_table(shown.drop(*hidden, "effective_pairs"), title)
+    print_table(shown.drop(hidden), title)
     for line in unclear_orders(described):
         say(line)
     compared = describe_definitions(scores, definition)

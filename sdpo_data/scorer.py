@@ -10,7 +10,9 @@ import polars as pl
 
 from sdpo_data import workers
 from sdpo_data.console import progress
-from sdpo_data.prefix import plan_work, read_model, row_tokens, score_bin, window_length
+from sdpo_data.passes import is_out_of_memory
+from sdpo_data.prefix import plan_work, row_tokens, score_bin
+from sdpo_data.probe import read_model, window_length
 from sdpo_data.store import PLAN, SHARD, ScoreStore
 from sdpo_data.tables import SdpoError
 from sdpo_data.throughput import Work
@@ -134,8 +136,8 @@ def _compute(bin_: pl.DataFrame, requests: dict[str, Request], scorer: Scorer, a
     try:
         with scorer.precision():
             completions = score_bin(scorer.model, own, first["row_tokens"], advance, packed=first["packed"])
-    except RuntimeError as error:
-        if "memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
             raise
         raise SdpoError(
             f"Memory ran out in a forward pass of {first['row_tokens']:,} tokens. Set score.token_budget to "

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+from sdpo_data.passes import is_out_of_memory
 from sdpo_data.tables import SdpoError
 from sdpo_train import cost
 from sdpo_train.config import ROW_TOKENS, StepConfig
@@ -20,8 +21,6 @@ log = logging.getLogger(__name__)
 
 Phase = Literal["scoring", "training", "diagnosis"]
 FULL = ("no space left", "file too large", "quota exceeded", "pytorchstreamwriter", "enforce fail at inline_container")
-OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory", "alloc_failed", "bad_alloc")
-"""As CUDA, the CPU's allocators, cuBLAS and C++ say it; an "illegal memory access" is a bug."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -47,8 +46,7 @@ def explained(work: StepWork, config: StepConfig, phase: Phase, longest: int | N
                 f"{work.arm} step {work.step}: the disk is full ({work.out.parent}). Free some space, or set "
                 "train.keep to last or train.checkpoint_minutes higher; what was saved before is kept."
             ) from error
-        out = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
-        if out or any(sign in text for sign in OUT_OF_MEMORY):
+        if is_out_of_memory(error):
             savings = _savings_of_training(config, longest) if phase == "training" else _savings_of_reading(config)
             remedy = f"Set {', or '.join(savings)}" if savings else "Take a smaller model, or a device with more memory"
             raise SdpoError(

@@ -23,7 +23,8 @@ import torch
 from transformers import PreTrainedModel
 
 from sdpo_data import flex
-from sdpo_data.prefix import read_model, read_tree
+from sdpo_data.prefix import read_tree
+from sdpo_data.probe import read_model
 from sdpo_data.tables import SdpoError
 from sdpo_data.tree import Request, count_tokens
 from sdpo_train.config import ROW_TOKENS

@@ -60,21 +60,25 @@ def test_description_of_the_sources_by_hand(scores):
     #   math p 1/2, n 1: (0.5 + 1.92073 -+ 1.95996 * 1.10017) / 4.84146 = 0.5 -+ 0.44538
     # chat's margins 1 -9 4 against its token differences -1 7 -3: opposite orders; math's two pairs are too few
     got = describe_scores(scores)
-    chat = ("chat", 3, 3, 2 / 3, 0.15938, 0.95474, 1 / 3, 0.04526, 0.84062, 2.0, -4 / 3, 1 / 3, -1.0)
-    math_ = ("math", 2, 2, 1 / 2, 0.05462, 0.94538, 1 / 2, 0.05462, 0.94538, 1.0, -1.0, 1.0, None)
+    chat = ("chat", 3, 3, 2 / 3, 0.15938, 0.95474, 2.0, 1 / 3, 0.04526, 0.84062, 2.0, -4 / 3, 1 / 3, -1.0)
+    math_ = ("math", 2, 2, 1 / 2, 0.05462, 0.94538, 1.0, 1 / 2, 0.05462, 0.94538, 1.0, -1.0, 1.0, None)
     for row, expected in zip(got.rows(), (chat, math_), strict=True):
         assert row == pytest.approx(expected, abs=1e-5)
-    accuracies = [f"{name}{end}" for name in ("reward_accuracy", "per_token") for end in ("", "_low", "_high")]
-    others = ["effective_pairs", "mean_margin", "longer_chosen", "length_rho"]
+    accuracies = [
+        f"{name}{end}" for name in ("reward_accuracy", "per_token") for end in ("", "_low", "_high", "_effective")
+    ]
+    others = ["mean_margin", "longer_chosen", "length_rho"]
     assert got.columns == ["source", "pairs", "prompts", *accuracies, *others]
 
 
 def test_sources_whose_order_may_be_chance_are_named_with_the_p_value(scores):
     # chat 2/3 at 2 effective pairs, math 1/2 at 1: pooled 11/18, variance 11/18 * 7/18 * (1/2 + 1) = 0.35648,
     # z = (1/6) / 0.59706 = 0.27915: two-sided 0.780
-    [line] = unclear_orders(describe_scores(scores))
+    # per token math comes first with 1/2, chat has 1/3: pooled 7/18, the same variance and distance
     told = "reward accuracy does not tell chat (0.667) from math (0.500)"
-    assert line == f"{told}: p = 0.78 (two-sided, clustered by prompt)"
+    per_token = "reward accuracy per token does not tell math (0.500) from chat (0.333)"
+    how = "p = 0.78 (two-sided, clustered by prompt)"
+    assert list(unclear_orders(describe_scores(scores))) == [f"{told}: {how}", f"{per_token}: {how}"]
 
 
 def repeated(row: pl.DataFrame, source: str, pairs: int, prompts: int) -> pl.DataFrame:
@@ -89,7 +93,7 @@ def test_sources_whose_order_is_clear_go_without_remark_unless_few_prompts_are_b
     # all right against all wrong, 4 prompts each: pooled 1/2, variance 1/4 * 2/4 = 1/8, z = sqrt(8): p = 0.005;
     # of 1 prompt each, the same 12 pairs: variance 1/2, z = sqrt(2): p = 0.157
     right, wrong = scores.filter(pair_id="a"), scores.filter(pair_id="b")
-    for prompts, said in ((4, []), (1, ["p = 0.16"])):
+    for prompts, said in ((4, []), (1, ["p = 0.16"] * 2)):  # of the accuracy, and of that per token
         both = pl.concat([repeated(right, "chat", 12, prompts), repeated(wrong, "math", 12, prompts)])
         lines = list(unclear_orders(describe_scores(both)))
         assert len(lines) == len(said)

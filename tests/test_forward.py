@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from sdpo_data import prefix
+from sdpo_data import probe
 from sdpo_data.encode import encode_pairs
 from sdpo_data.models import load_model
-from sdpo_data.prefix import Reading
+from sdpo_data.probe import Reading
 from sdpo_data.tree import count_tokens
 from sdpo_train import forward
 from sdpo_train.config import StepConfig
@@ -49,8 +49,8 @@ PAIRS = [  # prompt, chosen, rejected; the first two have their prompt in common
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     """Every test measures its models anew, and leaves no trace of random ones."""
-    monkeypatch.setattr(prefix, "_readings", {})
-    monkeypatch.setattr(prefix, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(probe, "_readings", {})
+    monkeypatch.setattr(probe, "cache_folder", lambda: tmp_path)
 
 
 def build(name):

@@ -8,8 +8,9 @@ import pytest
 import torch
 import transformers
 
-from sdpo_data import prefix
-from sdpo_data.prefix import plan_work, read_model, read_tree, row_tokens, score_bin, score_completions
+from sdpo_data import prefix, probe
+from sdpo_data.prefix import plan_work, read_tree, row_tokens, score_bin, score_completions
+from sdpo_data.probe import read_model
 from sdpo_data.tables import SdpoError
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -31,8 +32,8 @@ LENGTHS = {"bloom": 0, "mamba": 0, "gemma2": 16, "mistral": 16}  # up to which t
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
     """Every test measures its models anew, and leaves no trace of random ones."""
-    monkeypatch.setattr(prefix, "_readings", {})
-    monkeypatch.setattr(prefix, "cache_folder", lambda: tmp_path)
+    monkeypatch.setattr(probe, "_readings", {})
+    monkeypatch.setattr(probe, "cache_folder", lambda: tmp_path)
     return tmp_path
 
 
@@ -81,7 +82,7 @@ def test_every_model_gives_what_a_plain_forward_gives(name):
 
 def test_a_window_is_found_without_the_config_naming_it(monkeypatch):
     """Halving from 44: 22 is past the window of 16, 11 is within."""
-    monkeypatch.setattr(prefix, "window_length", lambda _: 2**31)
+    monkeypatch.setattr(probe, "window_length", lambda _: 2**31)
     assert read_model(build("mistral"), 44).packed_length == 11
 
 
@@ -102,30 +103,44 @@ def test_nothing_is_read_in_a_tree_past_a_window_that_the_config_names():
 ])  # fmt: skip
 def test_only_a_window_that_some_layer_uses_counts(config, window):
     model = type("Model", (), {"config": config})
-    assert prefix.window_length(model) == window
+    assert probe.window_length(model) == window
 
 
 def test_other_weights_of_one_config_are_measured_by_themselves(monkeypatch, own_cache):
     """Weights a thousandth of the usual ones hide a window of 16 that is not named; the usual ones show it."""
-    monkeypatch.setattr(prefix, "window_length", lambda _: 2**31)
+    monkeypatch.setattr(probe, "window_length", lambda _: 2**31)
     flat, usual = build("mistral"), build("mistral")
     for weight in flat.parameters():
         weight.data *= 1e-3
     assert read_model(flat, 44).packed_length == 44
     assert read_model(usual, 44).packed_length == 11
     assert len(list((own_cache / "readings").iterdir())) == 2
-    monkeypatch.setattr(prefix, "_readings", {})
-    monkeypatch.setattr(prefix, "_probe", None)  # from here on a probe would fail
+    monkeypatch.setattr(probe, "_readings", {})
+    monkeypatch.setattr(probe, "_probe", None)  # from here on a probe would fail
     assert [read_model(model, 44).packed_length for model in (flat, usual)] == [44, 11]
 
 
 def test_rounding_is_no_reason_against_a_tree_and_a_wrong_tree_is_not_rounding(monkeypatch, own_cache):
     """Without any tolerance, what a plain forward in two pieces rounds away still lets the right tree through."""
-    monkeypatch.setitem(prefix.TOLERANCE, "float32", 0.0)
+    monkeypatch.setitem(probe.TOLERANCE, "float32", 0.0)
     assert read_model(build("llama"), 200).packed_length == 200
-    monkeypatch.setattr(prefix, "window_length", lambda _: 2**31)  # a window of 16 that a tree's mask does not know
-    monkeypatch.setattr(prefix, "_readings", {})
+    monkeypatch.setattr(probe, "window_length", lambda _: 2**31)  # a window of 16 that a tree's mask does not know
+    monkeypatch.setattr(probe, "_readings", {})
     assert read_model(build("mistral"), 44).packed_length <= 16
+
+
+@pytest.mark.parametrize("every, gap, right", [(150, 5e-3, True), (150, 5e-2, False), (20, 1e-3, False)])
+def test_few_tokens_may_round_far_and_many_may_not(every, gap, right, monkeypatch, own_cache):
+    """Of 199 tokens two may be off by more than 1e-4 nats, up to 1e-2; ten may not."""
+
+    def off(*given, **named):
+        for places, logps, likeliest, tokens in tree_pass(*given, **named):
+            yield places, logps + gap * torch.from_numpy((places + 1) % every == 0), likeliest, tokens
+
+    tree_pass = probe.tree_pass
+    monkeypatch.setattr(probe, "tree_pass", off)
+    monkeypatch.setattr(probe, "PROBE", 12)  # its 11 tokens hold none of these
+    assert (read_model(build("llama"), 200).packed_length == 200) is right
 
 
 def test_a_model_saved_after_training_is_read_as_the_one_before(own_cache):
@@ -133,16 +148,16 @@ def test_a_model_saved_after_training_is_read_as_the_one_before(own_cache):
     one, two = build("llama"), build("llama")
     two.load_state_dict(one.state_dict())
     two.config.use_cache, two.config._name_or_path = False, "elsewhere"
-    assert prefix._identity(one) == prefix._identity(two)
+    assert probe._identity(one) == probe._identity(two)
 
 
 def test_a_deeper_request_is_probed_deeper_and_a_known_depth_is_not(own_cache, monkeypatch):
     model = build("llama")
     assert read_model(model, 30).probed == 30
     assert read_model(model, 44).probed == 44
-    monkeypatch.setattr(prefix, "_probe", None)  # from here on a probe would fail
+    monkeypatch.setattr(probe, "_probe", None)  # from here on a probe would fail
     assert read_model(model, 20).probed == 44
-    monkeypatch.setattr(prefix, "_readings", {})
+    monkeypatch.setattr(probe, "_readings", {})
     assert read_model(build("llama"), 40).probed == 44  # remembered on disk
     [memo] = (own_cache / "readings").iterdir()
     assert json.loads(memo.read_text()) == {
@@ -153,7 +168,7 @@ def test_a_deeper_request_is_probed_deeper_and_a_known_depth_is_not(own_cache, m
 @pytest.mark.parametrize(("name", "takes"), [("llama", True), ("qwen3", True), ("gemma2", True), ("gpt2", False)])
 def test_flex_attention_gives_the_same(name, takes, monkeypatch):
     """Its kernel uncompiled, which any CPU can run. transformers' GPT-2 takes no block mask: the probe sees it."""
-    monkeypatch.setattr(prefix, "FLEX", ("cpu",))
+    monkeypatch.setattr(probe, "FLEX", ("cpu",))
     monkeypatch.setattr("sdpo_data.flex._compiled", lambda: torch.nn.attention.flex_attention.flex_attention)
     model, requests = build(name), some_requests()[:3]
     before = model.config._attn_implementation
@@ -202,7 +217,7 @@ def test_the_head_never_sees_more_than_its_share(monkeypatch):
 def test_logits_keep_to_their_share_where_the_head_cannot_be_run_by_itself(monkeypatch):
     """25 rows of 60 float32 logits are 6,000 bytes: of five sequences padded to 12 tokens, two, two and one."""
     model, seen = build("llama"), []
-    monkeypatch.setattr(prefix, "read_model", lambda *_: prefix.Reading(0, 100, split_head=False))
+    monkeypatch.setattr(prefix, "read_model", lambda *_: probe.Reading(0, 100, split_head=False))
     monkeypatch.setattr("sdpo_data.head.HEAD_BYTES", {"cpu": 6000, "cuda": 6000})
     requests = [(list(range(place, place + length)), 3) for place, length in enumerate((12, 11, 8, 7, 5))]
     hook = model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(tuple(logits.shape[:2])))
@@ -281,8 +296,8 @@ def test_want_of_memory_is_not_remembered_as_a_model_that_knows_no_trees(monkeyp
         raise RuntimeError("CUDA out of memory. Tried to allocate 20 MiB")
 
     with monkeypatch.context() as patch:
-        patch.setattr(prefix, "_tree", full)
+        patch.setattr(probe, "tree_pass", full)
         with pytest.raises(SdpoError, match="Memory ran out in a probe of how LlamaForCausalLM can be read"):
-            prefix.read_model(model)
+            probe.read_model(model)
     assert list(own_cache.rglob("*.json")) == []
-    assert prefix.read_model(model).packed_length > 0
+    assert probe.read_model(model).packed_length > 0

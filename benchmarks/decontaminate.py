@@ -9,8 +9,6 @@ pairs, and times per pair are compared.
 
 import gzip
 import json
-import os
-import platform
 import re
 import resource
 import time
@@ -22,6 +20,7 @@ from typing import Annotated
 import numpy as np
 import polars as pl
 import tyro
+from machine import describe_machine
 
 import sdpo_data as data
 from sdpo_data.console import print_table
@@ -67,7 +66,7 @@ def main(
     print_table(pl.DataFrame(rows), f"pairs of {size:,.0f} bytes against {documents.height:,} documents")
     print(f"both found the same {len(expected):,} rows in {loop:,} pairs; peak memory, pairs included: "
           f"{gibibytes():.1f} GiB")  # fmt: skip
-    print(f"machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, polars {pl.__version__}")
+    print(describe_machine("polars"))
 
 
 def read_documents(folder: Path) -> pl.DataFrame:

@@ -6,8 +6,6 @@ plain loop is exact: what ours misses is said. It runs on fewer pairs, and times
     python benchmarks/duplicates.py --folder ../shared/data --pairs 100000 1000000 --loop 3000
 """
 
-import os
-import platform
 import re
 import time
 from collections import Counter, defaultdict
@@ -17,6 +15,7 @@ from typing import Annotated
 import polars as pl
 import tyro
 from decontaminate import REAL, SIDES, gibibytes, make_pairs, read_documents
+from machine import describe_machine
 
 import sdpo_data as data
 from sdpo_data.console import print_table
@@ -50,7 +49,7 @@ def main(
     for row in rows:
         row |= {"us/pair": row["seconds"] / row["pairs"] * 1e6, "times faster": slow / (row["seconds"] / row["pairs"])}
     print_table(pl.DataFrame(rows), "near-duplicates among pairs")
-    print(f"machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, polars {pl.__version__}")
+    print(describe_machine("polars"))
 
 
 def find_plainly(texts: list[str]) -> pl.Series:

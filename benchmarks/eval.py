@@ -13,7 +13,6 @@ With --count it counts the tokens of all 26,073 questions instead and runs no mo
 """
 
 import os
-import platform
 import tempfile
 import time
 from pathlib import Path
@@ -21,8 +20,8 @@ from typing import Annotated
 
 import numpy as np
 import polars as pl
-import torch
 import tyro
+from machine import describe_machine
 
 import sdpo_data as data
 from sdpo_data.console import print_table
@@ -79,8 +78,7 @@ def main(
         rows.append(time_task(asked, sampled[name], loaded, tokenizer, batch_size))
         print(rows[-1], flush=True)
     print_table(with_total(rows), f"{model}, float32, HFLM at batches of {batch_size}")
-    print(f"machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
-          f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}")  # fmt: skip
+    print(describe_machine("torch", "transformers", "lm-eval"))
 
 
 def some_subjects(chosen: list[str], subjects: int, each: int) -> list[str]:

@@ -11,8 +11,6 @@ given up after --limit seconds.
 """
 
 import itertools
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,6 +21,7 @@ from typing import Annotated
 import numpy as np
 import polars as pl
 import tyro
+from machine import describe_machine
 
 from sdpo_data.console import print_table
 from sdpo_data.tables import SCORES
@@ -61,7 +60,7 @@ def main(
                 rows.append({"rows": size, "way": way, **figures, "times ours": total / ours, "peak, MiB": peak})
                 print_table(pl.DataFrame(rows), "scored rows, two steps by margin per token")
             agree(Path(folder), ways)
-    print(f"machine: {platform.machine()}, {os.cpu_count()} cores, polars {pl.__version__}")
+    print(describe_machine("polars", "pandas", "datasets"))
 
 
 def agree(folder: Path, ways: list[str]) -> None:

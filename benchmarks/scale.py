@@ -16,6 +16,7 @@ from typing import Annotated
 import numpy as np
 import polars as pl
 import tyro
+from machine import describe_machine
 
 import sdpo_data as data
 from sdpo_data.console import print_table
@@ -40,6 +41,7 @@ def main(
         figures = {"pairs": size, "pairs frame, MiB": frames, "before scoring, MiB": before, "peak, MiB": peak}
         rows.append(figures | {"seconds": seconds, "pairs/s": size / seconds})
         print_table(pl.DataFrame(rows), "scoring synthetic pairs, two-layer model, one process each")
+    print(describe_machine("polars", "torch", "transformers"))
 
 
 def score(size: int) -> tuple[float, float, float, float]:

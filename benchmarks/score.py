@@ -3,14 +3,13 @@
 One run: the same pairs, tokens and model for all, the ways taken in turn, several rounds; prints medians,
 ratios, tokens, and how far the engine is from the floor: the tokens of one prefix tree over all answers, at the
 model's own dense rate (a plain causal forward without padding, the head on as large a share of its positions,
-measured in the same run). With --memory each way also runs once in a process of its own, for its peak memory.
-Nothing else should be at work on the machine.
+measured in the same run). --model random:7b takes random weights in that shape. With --memory each way also runs once
+in a process of its own, for its peak memory. Nothing else should be at work on the machine.
 
     python benchmarks/score.py --pairs ../shared/data/prefs/hh_rlhf_test/helpful.jsonl.gz --count 24
 """
 
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -25,11 +24,16 @@ import numpy as np
 import polars as pl
 import torch
 import tyro
+from machine import describe_machine
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import sdpo_data as data
 from sdpo_data import prefix
+from sdpo_data.assets import cache_folder
 from sdpo_data.console import print_table
 from sdpo_data.encode import encode_pairs
+from sdpo_data.models import save_model
+from sdpo_data.run import write_atomically
 from sdpo_data.tree import Request, count_tokens
 
 OURS, SORTED, HFLM, TRL = (
@@ -39,11 +43,21 @@ OURS, SORTED, HFLM, TRL = (
     "TRL, batches of ",
 )
 TRL_BATCHES = (8, 1, 2, 4)  # the default first
+SHAPES = {  # of models with random weights: how fast a shape is does not depend on what it says
+    "7b": {  # Mistral 7B's, and so that of Zephyr and SOLAR's layers
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "max_position_embeddings": 4096,
+    },
+    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+             "num_key_value_heads": 2, "max_position_embeddings": 4096},
+}  # fmt: skip
 
 
 def main(
     pairs: Annotated[list[str], tyro.conf.arg(help="Sources that sdpo_data.pairs reads.")] = ["embedded:alpaca-eval"],  # noqa: B006
-    model: str = "embedded:smollm2-135m",
+    model: Annotated[
+        str, tyro.conf.arg(help="Also random:7b, random weights in that shape: for a GPU.")
+    ] = "embedded:smollm2-135m",
     dtype: Literal["float32", "bfloat16"] = "float32",
     count: int = 24,
     rounds: int = 2,
@@ -51,6 +65,7 @@ def main(
     memory: bool = False,  # noqa: FBT001
     only: Annotated[str | None, tyro.conf.arg(help="Run this one way once and print its peak memory.")] = None,
 ) -> None:
+    model = random_model(model, dtype)
     for source in pairs:
         loaded, tokenizer = data.load_model(model, dtype)
         encoded = some_pairs(source, tokenizer, count, max_length)
@@ -80,6 +95,25 @@ def main(
                 done = subprocess.run(child, capture_output=True, text=True, check=True)
                 rows.append({"way": name, "peak MiB": int(done.stdout.split()[-1])})
             print_table(pl.DataFrame(rows), "peak memory of the whole process, model and libraries included")
+
+
+def random_model(name: str, dtype: str) -> str:
+    """Make the folder of a model of random weights for `random:7b`; another name stays as it is."""
+    if not name.startswith("random:"):
+        return name
+    if name.removeprefix("random:") not in SHAPES:
+        sys.exit(f"--model {name}: there are {', '.join(f'random:{shape}' for shape in SHAPES)}.")
+    folder = cache_folder() / "benchmarks" / f"{name.replace(':', '_')}_{dtype}"
+    if not (folder / "config.json").exists():
+        tokenizer = data.load_model("embedded:smollm2-135m")[1]
+        torch.manual_seed(0)
+        torch.set_default_dtype(getattr(torch, dtype))  # in this dtype from the start: 7B in float32 are 28 GB
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            config = LlamaConfig(**SHAPES[name.removeprefix("random:")], vocab_size=len(tokenizer))
+            made = LlamaForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+        write_atomically(folder, lambda part: save_model(made, tokenizer, part))
+    return str(folder)
 
 
 def peak_mib() -> int:
@@ -157,8 +191,7 @@ def compare(source, model, dtype, loaded, tokenizer, encoded, requests, rounds) 
         f"the head\ntime: {ours:.2f} s, {ours * dense / floor:.2f} of the floor at the model's dense {dense:,.0f} "
         "tokens/s"
     )
-    print(f"machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, "
-          f"{torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU'}", flush=True)  # fmt: skip
+    print(describe_machine("torch", "transformers", "trl", "lm-eval"), flush=True)
 
 
 def summed(requests: Sequence[Request], scored) -> list[float]:

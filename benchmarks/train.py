@@ -12,7 +12,6 @@ prefix tree per update, at the model's own dense rate (see benchmarks/score.py).
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,8 +22,8 @@ from typing import Annotated
 
 import datasets
 import polars as pl
-import torch
 import tyro
+from machine import describe_machine
 from score import as_requests, dense_rate, peak_mib, some_pairs
 from trl import DPOConfig, DPOTrainer
 
@@ -169,7 +168,7 @@ def describe_floor(source: str, model: str, count: int, batch_pairs: int, max_le
         f"{reads:,} of them through the head\n"
         f"time: {seconds:.1f} s, {seconds / floor:.2f} of the floor of {floor:.1f} s at the model's dense {rate:,.0f} "
         f"tokens/s (once for the reference, three times for training)\n"
-        f"machine: {platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        + describe_machine("torch", "transformers", "trl"),
         flush=True,
     )
 

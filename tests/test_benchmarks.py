@@ -56,6 +56,13 @@ def test_every_script_is_tested_here():
     assert set(SCRIPTS) <= tested
 
 
+def test_the_machine_script_runs(script):
+    told = script("machine").describe_machine("polars")
+    assert f"polars {pl.__version__}" in told
+    assert " cores, " in told
+    assert " 0 GiB" not in told
+
+
 def test_the_scale_script_runs(script):
     scale = script("scale")
     check(scale.some_pairs(40, 10), PAIRS, "pairs")
@@ -89,6 +96,17 @@ def test_the_score_script_runs(script, pair_file, tiny_model, capsys):
     out = capsys.readouterr().out
     assert "TRL, batches of 4" in out
     assert "of the floor at the model's dense" in out
+
+
+@pytest.mark.real
+def test_the_score_script_makes_a_model_of_a_shape(script, pair_file, capsys):
+    score = script("score")
+    score.main([str(pair_file)], "random:tiny", count=2, rounds=1)
+    made = score.random_model("random:tiny", "float32")
+    assert made == score.random_model("random:tiny", "float32")  # made once
+    assert "of the floor at the model's dense" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="there are random:7b, random:tiny"):
+        score.random_model("random:8b", "float32")
 
 
 @pytest.mark.real

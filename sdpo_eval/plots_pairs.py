@@ -35,11 +35,11 @@ def plot_findings(findings: pl.DataFrame) -> Figure:
     table = found.sort("share", "check", descending=[True, False])
     y = alt.Y("check:N", title=None, sort=table["check"].to_list())
     base = alt.Chart().encode(y=y.axis(labelLimit=230, grid=True, ticks=False, domain=False))
-    scale = alt.Scale(zero=True) if table.height else alt.Scale(domain=[0, 100])  # an empty figure has a size too
-    x = alt.X("percent:Q", title="of all pairs [%]", scale=scale, axis=alt.Axis(tickCount=8))
+    x = alt.X("percent:Q", title="of all pairs [%]", scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=8))
     lines = base.mark_rule(strokeWidth=1.5, color=GREY).encode(x=x, x2=alt.value(0))  # from the left edge, 0 %
+    told = marks("severity") if table.height else ()  # a legend of nothing has no size, and so has its figure
     points = base.mark_point(filled=True, size=75, opacity=1).encode(
-        *marks("severity"), x=x,
+        *told, x=x,
         tooltip=tooltip("check", "severity", ("pairs", ",", "pairs"), ("percent", ".2f", "%"), "remedy", "pair_id"),
     )  # fmt: skip
     chart = alt.layer(lines, points, data=held(table)).properties(width=WIDTH, height=30 + 22 * table.height)

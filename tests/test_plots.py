@@ -4,6 +4,7 @@ import math
 
 import polars as pl
 import pytest
+import vl_convert
 from made_run import make_run
 
 from sdpo_data.run import Run
@@ -238,7 +239,7 @@ def test_findings_of_pairs_without_any_are_a_figure_that_says_so():
     assert title_of(plots_pairs.plot_findings(found)) == "Nothing is wrong with the pairs; some are worth a look"
     chart = plots_pairs.plot_findings(found.with_columns(severity=pl.lit("fine")))
     assert title_of(chart) == "Nothing is wrong with the pairs"
-    assert encodings_of(chart.to_dict())[1]["x"]["scale"] == {"domain": [0, 100]}  # or it had no size at all
+    assert vl_convert.vegalite_to_png(chart.to_dict())  # a legend of nothing: "SVG has an invalid size"
 
 
 def test_a_long_definition_does_not_stand_out_over_its_axis(scores):

@@ -12,7 +12,7 @@
 # # How to read an evaluation
 #
 # Two models, a few hundred questions, a difference of 1.4 points. Is it one? This page makes answers of which the truth
-# is known, and looks at them with the same tools that read a real run. **The answers here are drawn at random**, from
+# is known, and draws them with the figures that a run's report has. **The answers here are drawn at random**, for
 # models that we make up: that is the only way to know who is really better.
 
 # %%
@@ -20,129 +20,166 @@ import altair as alt
 import numpy as np
 import polars as pl
 
-from sdpo_data.tables import ITEMS
-from sdpo_eval.contrasts import Side, contrast_models
-from sdpo_eval.stats import Differences, compare_checkpoints, compare_methods, detectable_difference, holm
-from sdpo_eval.stats import macro_mean_stderr as mean_of_strata
+from sdpo_data.tables import DOCUMENTS, ITEMS
+from sdpo_eval import canvas, plots
+from sdpo_eval.changes import find_changes
+from sdpo_eval.contrasts import CHECKPOINTS, METHODS, TITLES, Side, contrast_models
+from sdpo_eval.h4 import TASKS, summarise_items
+from sdpo_eval.stats import detectable_difference
+
+MOST = 6400  # questions drawn; fewer are the first of them
 
 
-def answers(questions: int, better: float, seed: int, agree: float = 0.8) -> tuple[np.ndarray, np.ndarray]:
-    """Answers (100 is right) of two models to the same questions; the first is `better` by so many points in truth.
+def answers(
+    model: str, *, better: float = 0.0, questions: int = 300, alike: float = 0.8, level: float = 40.0,
+    task: str = "arc_challenge",
+) -> pl.DataFrame:  # fmt: skip
+    """ITEMS of a made-up model, "arm/seed/step": right on level + better percent of the questions, in truth.
 
-    A question's hardness is the same for both; with the chance `agree` both answer as its hardness says.
+    On a share `alike` of the questions their hardness decides, the same for all models; on the others, own luck.
     """
-    random = np.random.default_rng(seed)
-    hard = random.random(questions)
-    shared = random.random(questions) < agree
-    luck = random.random((2, questions))
-    chance = np.array([0.40 + better / 100 / (1 - agree), 0.40])[:, None]
-    right = np.where(shared, hard < 0.40, luck < chance)
-    return 100.0 * right[0], 100.0 * right[1]
+    (arm, seed, step), world = model.split("/"), np.random.default_rng(list(task.encode()))
+    own = np.random.default_rng(list(f"{task} {model}".encode()))
+    hard, decided, luck = world.random(MOST), world.random(MOST) < alike, own.random(MOST)
+    right = np.where(decided, hard < level / 100, luck < level / 100 + better / 100 / (1 - alike)).astype(float)
+    gold_logp = -1.5 - 2 * hard + 0.5 * right + 0.4 * own.normal(size=MOST)
+    names = [f"{task}/{number}" for number in range(MOST)]
+    columns = {"item_id": names, "cluster": names, "correct": right, "score": right, "gold_logp": gold_logp}
+    columns |= {"arm": arm, "seed": int(seed), "step": int(step), "model_key": model, "protocol": "drawn@1"}
+    columns |= {"task": task, "subject": task, "choice_logps": [[-1.0, -2.0]] * MOST}
+    return pl.DataFrame(columns).select(pl.col(name).cast(kind) for name, kind in ITEMS.items()).head(questions)
 
 
-def mean_stderr(values: np.ndarray) -> tuple[float, float | None]:
-    return mean_of_strata(values.tolist(), ["all"] * len(values))
+def side(name: str, *models: pl.DataFrame) -> Side:
+    return Side(name, name, pl.concat(models))
+
+
+def named(contrasts: pl.DataFrame) -> pl.DataFrame:
+    return contrasts.with_columns(contrast=pl.format("{} − {}", "first", "second"))
 
 
 # %% [markdown]
 # ## A score has an error
-# Two hundred questions. The second model is no better or worse than the first, in truth.
+# A base model and two arms, 300 questions a task. **All of them are equally good in truth**: whatever moves from model
+# to model is luck. The bars say so, they overlap. The dotted lines are what guessing scores, which in TruthfulQA is near
+# 45. A model whose bar holds that line has not been shown to know anything of the task: nobody has of MMLU here, and of
+# TruthfulQA, where these models are 3 points above it in truth, 300 questions do not show it.
 
 # %%
-one, two = answers(200, better=0.0, seed=5)
-pl.DataFrame(
-    [("first", *mean_stderr(one)), ("second", *mean_stderr(two))],
-    schema=["model", "points", "standard error"], orient="row",
-)  # fmt: skip
+levels = {"arc_challenge": 33.0, "hellaswag": 42.0, "mmlu": 26.0, "truthfulqa_mc2": 48.0}
+models = ("base/0/0", "sdpo/0/1", "sdpo/0/2", "dpo/0/1")
+asked = pl.concat(answers(model, level=level, task=task) for task, level in levels.items() for model in models)
+results = summarise_items(asked)
+chance = {name: task.chance for name, task in TASKS.items()}
+plots.plot_tasks(results, chance, TITLES)
+
+# %% [markdown]
+# H4 is the mean of the four, so its error is about half of theirs. Mind the scale: the figure fills itself with
+# whatever there is, and it is the bars that tell a step up from a wobble.
+
+# %%
+plots.plot_h4(results, sum(chance.values()) / len(chance))
 
 # %% [markdown]
 # ## The error of a difference is smaller than you fear
 # Both answered the *same* questions, and what is hard for one is hard for the other. Paired, that part of the noise goes
-# away: compare the two standard errors.
+# away. Two overlapping bars above say little about the difference; its own interval does.
 
 # %%
-paired = compare_checkpoints([Differences.of(one - two)])
-apart = float(np.hypot(mean_stderr(one)[1], mean_stderr(two)[1]))
+first, second = answers("sdpo/0/2"), answers("dpo/0/1")
+difference = contrast_models([(side("sdpo", first), side("dpo", second))]).row(0, named=True)
+apart = np.hypot(*(summarise_items(items)["stderr"][0] for items in (first, second)))
 pl.DataFrame(
-    {"difference": [paired.value], "paired standard error": [paired.stderr], "as if other questions": [apart],
-     "95 % from": [paired.low], "to": [paired.high], "p": [paired.p]}
+    {"difference": [difference["effect"]], "paired standard error": [difference["stderr"]],
+     "as if other questions": [apart], "95 % from": [difference["low"]], "to": [difference["high"]]}
 )  # fmt: skip
 
 # %% [markdown]
-# ## Power: what could have been seen at all
-# "Not distinguishable" says little unless one knows what would have been. With so many questions, a true difference of so
-# many points is found four times in five. Below it lies what this evaluation is blind to.
+# ## Power: more questions, a shorter interval
+# This model **is** better than the base model, by 2 points. In truth the difference is the same in every row, only the
+# number of questions grows: four times as many halve the interval. With few, "not distinguishable" is all there is to say, and it
+# does not mean "equal".
 
 # %%
-sizes = [100, 200, 500, 1000, 2000, 5000, 10000, 26073]
+base = side("base", answers("base/0/0", questions=MOST))
+sizes = [side(f"{n:,} questions", answers("sdpo/0/2", better=2.0, questions=n)) for n in (100, 400, 1600, 6400)]
+contrasts = contrast_models([(size, base) for size in sizes])
+plots.plot_contrasts(contrasts.with_columns(contrast="first"), TITLES["arc_challenge"])
+
+# %% [markdown]
+# Before anything is evaluated, the same sum says what it could find: the smallest true difference that four in five such
+# evaluations tell from 0. Below the line lies what they are blind to. Models that answer alike are told apart sooner,
+# as there is less luck in their difference.
+
+# %%
 curve = []
-for agree, said in ((0.0, "unrelated models"), (0.8, "alike: agree on 80 %"), (0.9, "two steps of one chain: 90 %")):
-    for size in sizes:
-        first, second = answers(size, 0.0, seed=size, agree=agree)
-        error = compare_checkpoints([Differences.of(first - second)], resamples=100).stderr
-        curve.append((said, size, detectable_difference(error)))
-curve = pl.DataFrame(curve, schema=["models", "questions", "points"], orient="row")
-alt.Chart(curve, title="The smallest true difference found in 4 of 5 evaluations").mark_line(point=True).encode(
-    x=alt.X("questions:Q", scale=alt.Scale(type="log")),
-    y=alt.Y("points:Q", title="points", scale=alt.Scale(type="log")),
-    color="models:N", strokeDash="models:N", shape="models:N", tooltip=["models", "questions", alt.Tooltip("points:Q", format=".2f")],
-).properties(width=560, height=260)  # fmt: skip
+for alike, said in ((0.0, "unrelated models"), (0.8, "alike on 80 %"), (0.9, "two steps of a chain, 90 %")):
+    scores = [answers(model, questions=MOST, alike=alike)["score"] for model in ("base/0/0", "sdpo/0/2")]
+    spread = 100 * (scores[1] - scores[0]).std()
+    curve += [(said, n, detectable_difference(spread / n**0.5)) for n in (100, 300, 1000, 3000, 10000, 26073)]
+table = pl.DataFrame(curve, schema=["models", "questions", "points"], orient="row")
+drawn = alt.Chart(canvas.held(table)).encode(
+    x=alt.X("questions:Q", scale=alt.Scale(type="log"), axis=alt.Axis(values=[100, 300, 1000, 3000, 10000, 26073])),
+    y=alt.Y("points:Q", title="true difference", scale=alt.Scale(type="log"), axis=alt.Axis(values=[0.3, 1, 3, 10])),
+)
+lines = drawn.mark_line(strokeWidth=2).encode(canvas.stroke("models"), canvas.dash("models"))
+points = drawn.mark_point(filled=True, size=75, opacity=1).encode(*canvas.marks("models"))
+smallest = table.filter(questions=26073)["points"]
+canvas.styled(
+    alt.layer(lines, points).properties(width=canvas.WIDTH, height=canvas.HEIGHT),
+    f"Even 26,073 questions find nothing below {smallest.min():.1f} to {smallest.max():.1f} points",
+    "The smallest true difference found in 4 of 5 evaluations, by how alike the two models answer.",
+)
 
 # %% [markdown]
 # ## Ten looks find something
-# Ten pairs of models that are *equal in truth*, each tested at 5 %. The chance that at least one of ten comes out below
-# 0.05 is 40 %; in this family it happened. Adjusted (Holm), nothing is found. That is why the report names one contrast
-# beforehand and adjusts all others.
+# Ten models that are *equal to the base model in truth*, each tested at 5 %: the chance that at least one of ten comes
+# out below 0.05 is 40 %. Here two bars lie beside 0, and are called "not distinguishable" all the same: adjusted for being
+# two of ten looks (Holm), they are nothing. That is why a report names one contrast beforehand and adjusts all others.
 
 # %%
-p = [compare_checkpoints([Differences.of(np.subtract(*answers(300, 0.0, seed)))], resamples=2000).p for seed in range(20, 30)]
-pl.DataFrame({"contrast": range(1, 11), "p": p, "adjusted": holm(p)}).sort("p").head(4)
+looks = contrast_models([(side(f"model {n}", answers(f"look/{n}/1")), base) for n in range(10)])
+plots.plot_contrasts(named(looks), TITLES["arc_challenge"])
+
+# %%
+looks.select("first", "p", "p_holm", "verdict").sort("p").head(3)
 
 # %% [markdown]
 # ## These checkpoints, or these methods?
-# Train again with another seed and the score moves, by 0.8 points here, though nothing else changed. The first row asks
-# whether *these two checkpoints* differ; it can be very sure. The second asks whether the *method* is better, which only
-# several seeds can answer. Both methods are the same in truth.
+# Train again with another seed and the score moves, by 1 point here (a standard deviation), though nothing else
+# changed. **Both methods are the same in truth.** Seed by seed the question is whether *these two checkpoints* differ;
+# with 6,400 questions it is answered surely, and now for the one method, now for the other.
 
 # %%
-random = np.random.default_rng(3)
-table = []
-for shift in random.normal(0.0, 0.8, size=5):  # each seed of the first method is better or worse by luck
-    first, second = answers(4000, better=float(shift), seed=int(1000 * abs(shift)), agree=0.9)
-    table.append(first - second)
-best = max(table, key=lambda row: abs(row.mean()))
-rows = [("these checkpoints, one seed", compare_checkpoints([Differences.of(best)])), ("these methods, 5 seeds", compare_methods([Differences.of(table)]))]
-pl.DataFrame([(name, effect.value, effect.low, effect.high, effect.p) for name, effect in rows],
-             schema=["verdict on", "difference", "95 % from", "to", "p"], orient="row")  # fmt: skip
+luck = np.random.default_rng(3).normal(0.0, 1.0, size=5)
+seeds = [answers(f"sdpo/{seed}/2", better=shift, questions=MOST, alike=0.9) for seed, shift in enumerate(luck)]
+others = [answers(f"dpo/{seed}/1", questions=MOST, alike=0.9) for seed in range(5)]
+both = contrast_models([(side("sdpo", *seeds), side("dpo", *others))])
+plots.plot_contrasts(named(both.filter(verdict_on=CHECKPOINTS)), TITLES["arc_challenge"])
+
+# %% [markdown]
+# Whether the *method* is better, only several seeds can answer. Its interval takes the luck of seeds in, so it is wider
+# than any above although it stands on five times the answers. Whoever trains one seed of each sees one of the rows above.
+
+# %%
+plots.plot_contrasts(named(both.filter(verdict_on=METHODS)), TITLES["arc_challenge"])
 
 # %% [markdown]
 # ## Flips
-# Two models with the same score need not be the same model. Count the questions that only one of them gets right: the
-# sum of both is how much changed, their difference is the score.
+# Two models with nearly the same score need not be the same model. The large marks are questions that only one of them
+# gets right: the sum of both kinds is how much changed, their difference is the score. Beneath the score every right
+# answer became likelier or less likely, which shows sooner that something moved.
 
 # %%
-first, second = answers(1000, 0.0, seed=11)
-pl.DataFrame(
-    {"only the first": [int(((first > second)).sum())], "only the second": [int((second > first).sum())],
-     "both or neither": [int((first == second).sum())], "difference, points": [float((first - second).mean())]}
-)  # fmt: skip
+changes = find_changes(side("sdpo", first), side("dpo", second), DOCUMENTS.to_frame())
+plots.plot_items(changes.with_columns(pl.col("task").replace(TITLES)), ("sdpo", "dpo"))
 
 # %% [markdown]
-# ## The same, from a run's tables
-# `contrast_models` reads ITEMS, the table that every evaluation writes. On a run of your own it is one line:
-# `sdpo_eval.compare_models("runs/a", a="sdpo", b="dpo")`, or `python -m sdpo_eval.compare runs/a --a sdpo --b dpo`.
-
+# ## On a run of your own
+# All of this was made from ITEMS, the table that every evaluation writes: `sdpo_eval.Report("runs/a")` has these
+# figures, `sdpo_eval.compare_models("runs/a", a="sdpo", b="dpo")` the numbers, as has
+# `python -m sdpo_eval.compare runs/a --a sdpo --b dpo`.
 
 # %%
-def as_items(scores: np.ndarray, arm: str) -> pl.DataFrame:
-    rows = []
-    for number, score in enumerate(scores.tolist()):
-        row = {"arm": arm, "seed": 0, "step": 1, "model_key": f"drawn-{arm}", "protocol": "drawn@1", "task": "hellaswag"}
-        row |= {"item_id": f"q/{number}", "subject": "hellaswag", "correct": score / 100, "score": score / 100}
-        row |= {"gold_logp": -9.0 - number % 3, "choice_logps": [-9.0, -9.5]}
-        rows.append({column: row.get(column, f"q/{number}") for column in ITEMS})
-    return pl.DataFrame(rows, ITEMS)
-
-
-sides = [Side(arm, arm, as_items(scores, arm)) for arm, scores in (("sdpo", first), ("dpo", second))]
-contrast_models([(sides[0], sides[1])]).select("first", "second", "task", "effect", "low", "high", "p", "verdict", "detectable", "n_for_1_point")
+columns = ("first", "second", "verdict_on", "effect", "low", "high", "p_holm", "verdict", "detectable", "n_for_1_point")
+both.select(columns)

@@ -12,6 +12,8 @@ Examples:
     accelerate launch -m sdpo_eval runs/a               # on several devices: the same numbers, sooner
 """
 
+from typing import TYPE_CHECKING
+
 import polars as pl
 
 from sdpo_data import workers
@@ -20,9 +22,13 @@ from sdpo_data.console import command, print_table, say
 from sdpo_data.models import load_tokenizer
 from sdpo_data.tables import DOCUMENTS
 from sdpo_eval.contrasts import TITLES
+from sdpo_eval.documents import LM_EVAL
 from sdpo_eval.evaluation import carry_out
 from sdpo_eval.h4 import MEAN, TASKS
 from sdpo_eval.plan import EvalConfig, list_documents, other_limit, other_tasks, plan_evaluation, plan_questions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MODEL_HELP = (
     "The model evaluated, of a run with steps the one before step 1, evaluated as arm base: "
@@ -80,16 +86,28 @@ def _write_documents(call: Command, config: EvalConfig) -> None:
 
 
 def _show_requests(call: Command, config: EvalConfig) -> None:
-    tokenizer = load_tokenizer(call.model)
+    tokenizer, others = load_tokenizer(call.model), []
+    for name in other_tasks(config):
+        from sdpo_eval.harness import first_requests  # lm-eval loads only where it is asked
+
+        others += first_requests(name, tokenizer, config.task_dir)  # before H4's are shown: a misspelt name is found
     for name, asked in plan_questions(config, call.run).items():
         if asked.documents:
             row = asked.encode(asked.chosen[:1], tokenizer, call.run.path / ".requests").row(0, named=True)
-            ids, answer = row["context"], row["answers"][0]
-            first, last, choice = (
-                " ".join(tokenizer.convert_ids_to_tokens(part)) for part in (ids[:8], ids[-8:], answer)
-            )
-            say(f"{TITLES[name]}, {row['item_id']}, {asked.protocol}: {len(ids):,} tokens, first choice {len(answer)}")
-            say(f"  begins {first}\n  ends   {last}\n  choice {choice}")
+            title = f"{TITLES[name]}, {row['item_id']}, {asked.protocol}"
+            _show_request(title, row["context"], row["answers"][0], tokenizer)
+    for one in others:
+        _show_request(f"{one.task}, {one.item_id}, lm-eval {LM_EVAL}", one.context, one.answer, tokenizer)
+
+
+def _show_request(
+    title: str, context: list[int], answer: list[int] | None, tokenizer: "PreTrainedTokenizerBase"
+) -> None:
+    first, last, choice = (
+        " ".join(tokenizer.convert_ids_to_tokens(part)) for part in (context[:8], context[-8:], answer or [])
+    )
+    say(f"{title}: {len(context):,} tokens, {'no choices' if answer is None else f'first choice {len(answer)}'}")
+    say(f"  begins {first}\n  ends   {last}" + ("" if answer is None else f"\n  choice {choice}"))
 
 
 def tabulate(results: pl.DataFrame) -> pl.DataFrame:

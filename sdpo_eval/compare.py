@@ -1,7 +1,7 @@
 """Compare two models, or two arms, of two runs or of one, over the questions that both answered.
 
 Examples:
-    python -m sdpo_eval.compare runs/a runs/b                          # the last models of both
+    python -m sdpo_eval.compare runs/a runs/b                          # the last models of both; core factorials
     python -m sdpo_eval.compare runs/a --a sdpo --b dpo                # two arms of one run; of five seeds: the methods
     python -m sdpo_eval.compare runs/a --a sdpo/0/2 --b sdpo/0/1 --flips 10    # and which questions flipped
     python -m sdpo_eval.compare runs/new runs/old --fail-if-worse 1.0  # exit code 3 unless at most 1 point worse
@@ -20,6 +20,7 @@ from sdpo_data.config import read_section
 from sdpo_data.console import command, print_table, say
 from sdpo_data.run import Run, open_run
 from sdpo_data.tables import UNIT, SdpoError
+from sdpo_eval.arms import contrast_factorial
 from sdpo_eval.changes import find_changes, find_flips
 from sdpo_eval.clean import read_clean
 from sdpo_eval.contrasts import (
@@ -82,10 +83,14 @@ def _opened(run_a: str | Path | Run, run_b: str | Path | Run | None) -> list[Run
 def _sides(runs: list[Run], a: str | None, b: str | None) -> tuple[Side, Side]:
     if len(runs) == 1:
         return _chosen(runs[0], a), _chosen(runs[0], b or "base")
-    one, two = runs
-    first, second = _chosen(one, a), _chosen(two, b)
-    names = [one.path.name, two.path.name] if one.path.name != two.path.name else [str(one.path), str(two.path)]
-    return replace(first, name=f"{names[0]}: {first.name}"), replace(second, name=f"{names[1]}: {second.name}")
+    one, two = _names_of(runs)
+    first, second = _chosen(runs[0], a), _chosen(runs[1], b)
+    return replace(first, name=f"{one}: {first.name}"), replace(second, name=f"{two}: {second.name}")
+
+
+def _names_of(runs: list[Run]) -> list[str]:
+    names = [run.path.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
 
 
 def _contrast(first: Side, second: Side, runs: list[Run], metrics: Sequence[str]) -> pl.DataFrame:
@@ -208,6 +213,8 @@ def main(argv: list[str] | None = None) -> None:
         print_table(beneath, f"beneath the score, margins where one answer alone is right: {units}; 95 % interval")
     say(_tell_primary(contrasts, runs[0]))
     say(tell_kind(contrasts))
+    if a is None and b is None:  # runs are compared, not two models of them
+        _print_factorials(runs)
     if flips:
         _print_flips(first, second, runs, flips)
     worse = [] if margin is None else find_worse(contrasts, margin)
@@ -215,6 +222,17 @@ def main(argv: list[str] | None = None) -> None:
         say(f"fail-if-worse: {sentence}")
     if worse:
         sys.exit(WORSE)
+
+
+def _print_factorials(runs: list[Run]) -> None:
+    """Print what order and reference do in each run that holds the four arms of the core factorial."""
+    for name, run in zip(_names_of(runs), runs, strict=True):
+        answers = pl.concat([run.items, as_items(read_held_out(run))])
+        effects = contrast_factorial(answers, read_section(run, "compare", CompareConfig))
+        rows = [{"effect": row["effect_of"]} | _readable(row, effects) for row in effects.iter_rows(named=True)]
+        if rows:
+            title = "the core factorial, points, 95 % interval; adjusted among these effects"
+            print_table(pl.DataFrame(rows), f"{name}: {title}")
 
 
 def _print_flips(first: Side, second: Side, runs: list[Run], count: int) -> None:

@@ -237,6 +237,52 @@ def list_questions(name: str, limit: int | None, task_dir: str | None) -> list[d
         ]
 
 
+def first_requests(name: str, tokenizer: "PreTrainedTokenizerBase", task_dir: str | None) -> "list[Request]":
+    """Give what a task of lm-eval, or each of a group, asks first, as HFLM gives it to a model; without a model.
+
+    Args:
+        name: a task of lm-eval, or of task_dir.
+        task_dir: folder with task files of one's own.
+
+    Raises:
+        SdpoError: there is no such task, or its data is out of reach.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class Encoder(HFLM):
+        def _loglikelihood_tokens(self, requests: list, *_: Any, **__: Any) -> list:
+            return requests
+
+    encoder: Any = object.__new__(Encoder)  # HFLM's own tokens, without the model that its __init__ wants
+    as_prefix_lm = dict.fromkeys(("add_bos_token", "custom_prefix_token_id", "enable_thinking"))
+    vars(encoder).update(tokenizer=tokenizer, backend="causal", **as_prefix_lm)
+    found = []
+    with quiet():
+        for task in _load_tasks(name, task_dir)[0]:
+            if task.config.num_fewshot is None:  # as simple_evaluate does; the seed too
+                task.set_config(key="num_fewshot", value=0)
+            task.set_fewshot_seed(seed=SHOTS_SEED["h4-lmeval"])
+            task.build_all_requests(limit=1)
+            asked = task.instances[0]
+            if asked.request_type == "loglikelihood":
+                [(_, context, answer)] = encoder.loglikelihood([asked], disable_tqdm=True)
+            else:
+                context, answer = encoder.tok_encode(asked.args[0]), None
+            found.append(Request(task.config.task, f"{task.config.task}/{asked.doc_id}", context, answer))
+    return found
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a model reads of one question, as token ids."""
+
+    task: str
+    item_id: str
+    context: list[int]
+    answer: list[int] | None
+    """The first choice; None: the model writes one, or all of the context is weighed."""
+
+
 def _question(task: Any, doc: dict[str, Any]) -> str:
     """Write a document's question; where the choices stand within it, as winogrande's, with the first one in place."""
     text = task.doc_to_text(doc)

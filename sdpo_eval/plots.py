@@ -94,6 +94,8 @@ def plot_contrasts(contrasts: pl.DataFrame, title: str) -> Figure:
     )
     decided = table.filter(pl.col("verdict") != UNDECIDED).height
     said = f"{decided or 'None'} of {table.height} differences can be told from 0"
+    if table.height == 1:
+        said = f"The difference can{'' if decided else 'not'} be told from 0"
     return _differences(table, title, said, "first minus second")
 
 

@@ -37,16 +37,17 @@ def plot_findings(findings: pl.DataFrame) -> Figure:
     base = alt.Chart().encode(y=y.axis(labelLimit=230, grid=True, ticks=False, domain=False))
     x = alt.X("percent:Q", title="of all pairs [%]", scale=alt.Scale(zero=True), axis=alt.Axis(tickCount=8))
     lines = base.mark_rule(strokeWidth=1.5, color=GREY).encode(x=x, x2=alt.value(0))  # from the left edge, 0 %
+    told = marks("severity") if table.height else ()  # a legend of nothing has no size, and so has its figure
     points = base.mark_point(filled=True, size=75, opacity=1).encode(
-        *marks("severity"), x=x,
+        *told, x=x,
         tooltip=tooltip("check", "severity", ("pairs", ",", "pairs"), ("percent", ".2f", "%"), "remedy", "pair_id"),
     )  # fmt: skip
     chart = alt.layer(lines, points, data=held(table)).properties(width=WIDTH, height=30 + 22 * table.height)
     wrong = table.filter(severity="wrong")["check"].to_list()
+    said = "Nothing is wrong with the pairs" + ("; some are worth a look" if table.height else "")
     return styled(
         chart,
-        f"Not to be trained on as they are: {', '.join(wrong[:2])}{' ...' if wrong[2:] else ''}" if wrong
-        else "Nothing is wrong with the pairs; some are worth a look",
+        f"Not to be trained on as they are: {', '.join(wrong[:2])}{' ...' if wrong[2:] else ''}" if wrong else said,
         '"wrong": not to be trained on as it is; "look": may be meant so. Hover for what to do.',
     )  # fmt: skip
 
@@ -141,7 +142,10 @@ def plot_length_confound(scores: pl.DataFrame, partition: pl.DataFrame, texts: p
         .encode(
             *marks("step"),
             x=alt.X("tokens:Q", title="chosen longer than rejected by [tokens]", axis=alt.Axis(grid=False)),
-            y=alt.Y("difficulty:Q", title=f"difficulty ({partition['definition'][0]})", scale=alt.Scale(zero=False)),
+            y=alt.Y(
+                "difficulty:Q", title=f"difficulty ({partition['definition'][0]})", scale=alt.Scale(zero=False),
+                axis=alt.Axis(titleLimit=HEIGHT),  # an expression may be long
+            ),
             tooltip=tooltip(
                 "pair_id", "source", "step", ("difficulty", ".4f", "difficulty"), ("tokens", ",", "longer by [tokens]"),
                 *(TEXTS if texts is not None else ()),

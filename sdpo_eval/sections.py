@@ -15,8 +15,8 @@ from sdpo_eval.contrasts import TITLES
 from sdpo_eval.detail import tell_arms, tell_changes, tell_factorial
 from sdpo_eval.evidence import Evidence, comparable_results, last_metrics
 from sdpo_eval.hardness import tell_difficulty
-from sdpo_eval.verdict import name_command, score_rows, tell_h4, tell_verdict
-from sdpo_eval.versus import merge_evidence, number_blocks, tell_differences, tell_each
+from sdpo_eval.verdict import name_command, say_factorial, score_rows, tell_h4, tell_verdict
+from sdpo_eval.versus import merge_evidence, name_runs, number_blocks, tell_differences, tell_each
 
 
 def write_sections(evidence: Evidence) -> list[Section]:
@@ -40,8 +40,8 @@ def compare_sections(runs: Sequence[Evidence]) -> list[Section]:
     merged = merge_evidence(runs)
     shared = _written(
         [
-            ("verdict", "Verdict", (tell_verdict,)),
-            ("h4", "H4 by run, step and arm", (tell_arms, tell_h4, tell_changes)),
+            ("verdict", "Verdict", (tell_verdict, lambda _: _say_factorials(runs))),
+            ("h4", "H4 by run, step and arm", (tell_arms, tell_h4, lambda _: _tell_factorials(runs), tell_changes)),
             ("differences", "What tells the runs apart", (lambda _: tell_differences(runs),)),
             ("difficulty", "Difficulty, run by run", (lambda _: tell_each(runs, tell_difficulty),)),
             ("chain", "The chains, step by step", (tell_chain,)),
@@ -54,6 +54,24 @@ def compare_sections(runs: Sequence[Evidence]) -> list[Section]:
     for number, (name, run) in enumerate(zip(merged.runs, runs, strict=True), 1):
         own += [Heading(name), *number_blocks(_reproduce(run), number)]
     return [*shared, Section("reproduce", "How to reproduce", own)]
+
+
+def _say_factorials(runs: Sequence[Evidence]) -> Iterator[Block]:
+    for name, run in zip(name_runs(runs), runs, strict=True):
+        yield from say_factorial(run, f"{name}: the")
+
+
+def _tell_factorials(runs: Sequence[Evidence]) -> Iterator[Block]:
+    """Tell the core factorial of each run that holds its four arms; what it is, once."""
+    explained = None
+    for number, (name, run) in enumerate(zip(name_runs(runs), runs, strict=True), 1):
+        for block in number_blocks(tell_factorial(run), number):
+            if isinstance(block, Prose):
+                explained = block
+            else:
+                yield Heading(f"{name}: {block.text}") if isinstance(block, Heading) else block
+    if explained:
+        yield explained
 
 
 Teller = Callable[[Evidence], Iterator[Block]]

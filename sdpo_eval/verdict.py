@@ -52,7 +52,7 @@ def tell_verdict(evidence: Evidence) -> Iterator[Block]:
             title = TITLES.get(evidence.compare.primary_task, evidence.compare.primary_task)
             named = judged.with_columns(contrast=pl.format("{} − {}", "first", "second"))
             yield Drawing("contrasts", lambda: plots.plot_contrasts(named, title))
-    yield from _say_factorial(evidence)
+    yield from say_factorial(evidence)
 
 
 def _say_accuracies(evidence: Evidence) -> list[str]:
@@ -71,8 +71,12 @@ def _say_accuracies(evidence: Evidence) -> list[str]:
     return said
 
 
-def _say_factorial(evidence: Evidence) -> Iterator[Prose]:
-    """Say what order and reference do, each averaged over the other, by what decides."""
+def say_factorial(evidence: Evidence, opening: str = "The") -> Iterator[Prose]:
+    """Say what order and reference do, each averaged over the other, by what decides.
+
+    Args:
+        opening: of the sentence; of several runs with the run's name.
+    """
     if evidence.factorial.is_empty():
         return
     task = primary_task(evidence.factorial, evidence.compare)
@@ -85,7 +89,7 @@ def _say_factorial(evidence: Evidence) -> Iterator[Prose]:
         decided = shown.filter(pl.col("verdict") != UNDECIDED).height
         said = [*say_effects(shown), f"{decided or 'none'} of these {shown.height} can be told from 0"]
     yield Prose(
-        f"The core factorial, points of {TITLES.get(task, task)}: {'; '.join(said)}. Adjusted among themselves."
+        f"{opening} core factorial, points of {TITLES.get(task, task)}: {'; '.join(said)}. Adjusted among themselves."
     )
 
 

@@ -831,6 +831,45 @@ def test_show_prints_the_ends_of_one_request_per_task(small, models, run, run_co
     assert not (run / "results.parquet").exists()
 
 
+def test_show_prints_what_a_task_beside_h4_asks_first(small, models, run, other_tasks, run_command, monkeypatch):
+    """As lm-eval gives it to a model in an evaluation: shots, blanks and all."""
+    for name, more in (("shots", {"num_fewshot": 2, "fewshot_split": "test"}), ("bare", {"doc_to_text": ""})):
+        task = ruamel.yaml.YAML(typ="safe").load(other_tasks / "choose.yaml")
+        ruamel.yaml.YAML().dump(task | {"task": name} | more, other_tasks / f"{name}.yaml")
+    rows = [{"q": f"Is it {row} or {row + 1}? ", "answers": choices(row, 3), "gold": row % 3} for row in range(5)]
+    (other_tasks / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = ["choose", "shots", "bare", "write_it"]
+    flags = ["--tasks", *names, "mmlu", "--task-dir", other_tasks, "--data-dir", small, "--model", models / "one"]
+    code, out, err = run_command("sdpo_eval.__main__", run, "--show", *flags)
+    assert code == 0, err
+    assert not (run / "results.parquet").exists()
+    assert out.startswith("MMLU, ")  # H4's stand first
+    lines = out.splitlines()[4:]
+
+    model, tokenizer = load_model(models / "one")
+    lm, seen = prefix_lm(model, tokenizer), []
+
+    def tokens(ids):
+        return " ".join(tokenizer.convert_ids_to_tokens(ids))
+
+    monkeypatch.setattr(
+        type(lm), "_loglikelihood_tokens", lambda _, asked, **__: seen.append(asked[0]) or [(-1.0, False)] * len(asked)
+    )
+    for name in names[:3]:
+        harness.evaluate_task(lm, name, None, str(other_tasks), "float32")
+    wanted = []
+    for name, (_, context, answer) in zip(names, seen, strict=False):
+        first, last, choice = map(tokens, (context[:8], context[-8:], answer))
+        wanted.append(f"{name}, {name}/0, lm-eval 0.4.13: {len(context):,} tokens, first choice {len(answer)}")
+        wanted += [f"  begins {first}", f"  ends   {last}", f"  choice {choice}"]
+    assert len(seen[1][1]) > 2 * len(seen[0][1])  # two questions before it
+    assert seen[2][1] == [tokenizer.eos_token_id]  # nothing before the answer: what HFLM puts there
+    prompt = tokenizer(rows[0]["q"])["input_ids"]  # with the blank at its end, which a choice would have taken
+    wanted += [f"write_it, write_it/0, lm-eval 0.4.13: {len(prompt)} tokens, no choices"]
+    wanted += [f"  begins {tokens(prompt[:8])}", f"  ends   {tokens(prompt[-8:])}"]
+    assert lines == wanted
+
+
 def test_one_model_without_a_run_folder(small, models, run_command):
     code, out, _ = run_command(
         "sdpo_eval.__main__", "--model", models / "two", "--limit", 1, "--tasks", "mmlu", "--data-dir", small

@@ -19,6 +19,7 @@ def test_notebooks_are_kept_without_outputs_and_equal_their_script(path):
     assert ["".join(cell["source"]) for cell in cells] == [cell["source"] for cell in script["cells"]]
 
 
+FIGURES = 3  # at least: a notebook tells its story in pictures
 MINUTES = {"03_training_dynamics", "05_your_own"}  # they train
 
 
@@ -40,4 +41,7 @@ def test_notebooks_run(path, tmp_path, monkeypatch):
     last = notebook["cells"][-1]
     shown = last["outputs"][-1]["data"]["text/html"]
     assert len(shown) > (10_000 if "Report(" in last["source"] else 500)
+    outputs = [output.get("data", {}) for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    own = [page for output in outputs if "<iframe" not in (page := output.get("text/html", ""))]  # beside the report's
+    assert sum("vegaEmbed(" in page for page in own) >= FIGURES
     assert not report.exists() or report.stat().st_size < 5_000_000

@@ -4,10 +4,11 @@ import math
 
 import polars as pl
 import pytest
+import vl_convert
 from made_run import make_run
 
 from sdpo_data.run import Run
-from sdpo_data.tables import METRICS, PARTITION, RESULTS
+from sdpo_data.tables import FINDINGS, METRICS, PARTITION, RESULTS
 from sdpo_eval import canvas, plots, plots_chain, plots_pairs
 from sdpo_eval.evidence import measure_drift, read_evidence
 from sdpo_eval.margins import measure_displacement
@@ -224,6 +225,29 @@ def test_titles_of_the_scores_say_what_changed():
     )  # fmt: skip
     said = title_of(plots.plot_items(changes, ("a", "base")))
     assert said == "2 of 3 right answers became likelier; 1 questions became right, 1 wrong"
+
+
+@pytest.mark.parametrize(("verdict", "can"), [("better", "can"), ("not distinguishable", "cannot")])
+def test_one_difference_alone_is_told_as_one(verdict, can):
+    row = {"contrast": "a − b", "effect": 1.0, "low": 0.5, "high": 1.5, "p_holm": 0.01, "n": 9, "seeds": 5}
+    row |= {"verdict_on": "these methods", "verdict": verdict, "primary": False}
+    assert title_of(plots.plot_contrasts(pl.DataFrame([row]), "H4")) == f"The difference {can} be told from 0"
+
+
+def test_findings_of_pairs_without_any_are_a_figure_that_says_so():
+    found = pl.DataFrame([("empty text", "look", 1, 0.5, "p", "drop it")], FINDINGS, orient="row")
+    assert title_of(plots_pairs.plot_findings(found)) == "Nothing is wrong with the pairs; some are worth a look"
+    chart = plots_pairs.plot_findings(found.with_columns(severity=pl.lit("fine")))
+    assert title_of(chart) == "Nothing is wrong with the pairs"
+    assert vl_convert.vegalite_to_png(chart.to_dict())  # a legend of nothing: "SVG has an invalid size"
+
+
+def test_a_long_definition_does_not_stand_out_over_its_axis(scores):
+    part = pl.DataFrame(
+        [(pair, "s", 1, 0, 0.5, "abs(x) / " * 30) for pair in scores["pair_id"]], PARTITION, orient="row"
+    )
+    axis = encodings_of(plots_pairs.plot_length_confound(scores, part).to_dict())[0]["y"]["axis"]
+    assert axis["titleLimit"] == canvas.HEIGHT
 
 
 def test_titles_of_the_pairs_say_how_hard_they_are(scores):

@@ -19,6 +19,7 @@ from markdown_it import MarkdownIt
 import sdpo_eval
 from sdpo_data.run import Run
 from sdpo_data.tables import DOCUMENTS, ITEMS, METRICS, PAIRS, RESULTS, SCORES, STEPS, SdpoError
+from sdpo_eval import compare
 from sdpo_eval.blocks import Estimate, write_number
 from sdpo_eval.chain import CURVES, FAMILIES, LOGGED
 from sdpo_eval.changes import find_changes
@@ -476,6 +477,34 @@ def test_two_runs_make_one_report_that_sets_the_first_against_the_second(own_run
     assert is_current(Run(own_run), Run(other))
     pl.read_parquet(other / "results.parquet").head(3).write_parquet(other / "results.parquet")
     assert not is_current(Run(own_run), Run(other))
+
+
+@pytest.mark.parametrize("core", [(0, 1), (1,)])
+def test_of_several_runs_each_that_holds_the_four_arms_has_its_core_factorial(tmp_path, core, capsys):
+    runs = [make_run(tmp_path / name, seed=seed, core=seed in core) for seed, name in enumerate(("one", "two"))]
+    for path in (
+        path for table in ("items", "held_out_scores") for path in runs[1].glob(f"{table}/*")
+    ):  # other weights
+        pl.read_parquet(path).with_columns(model_key=pl.format("two {}", "model_key")).write_parquet(path)
+    report = Report(*runs)
+    told = json.loads(report.json())
+    tables, page = told["tables"]["h4"], report.html()
+    compare.main([str(run) for run in runs])
+    printed = capsys.readouterr().out
+    for seed, run in enumerate(runs):
+        own = json.loads(Report(run).json())
+        sentence = [prose["text"] for prose in own["prose"] if prose["text"].startswith("The core factorial, ")]
+        assert len(sentence) == (seed in core)
+        if seed in core:
+            assert tables[f"factorial_{seed + 1}"]["rows"] == own["tables"]["h4"]["factorial"]["rows"]
+        assert (f'id="figure-factorial_{seed + 1}"' in page) == (seed in core)
+        assert (f"{run.name}: Order and reference, each over both" in page) == (seed in core)
+        of_run = [prose["text"] for prose in told["prose"] if prose["text"].startswith(f"{run.name}: the core f")]
+        assert of_run == [text.replace("The core", f"{run.name}: the core") for text in sentence]
+        assert (f"{run.name}: the core factorial" in printed) == (seed in core)
+    assert sum("interaction is half of" in prose["text"] for prose in told["prose"]) == 1
+    compare.main([*map(str, runs), "--a", "sdpo", "--b", "sdpo"])
+    assert "core factorial" not in capsys.readouterr().out  # two models are meant
 
 
 def test_data_that_two_runs_share_is_told_once(own_run, tmp_path):

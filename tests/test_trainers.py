@@ -36,9 +36,9 @@ WHEELS = {
 
 @pytest.fixture
 def probe(tmp_path, pairs, partition, tiny_model):  # noqa: F811
-    """Export for a trainer and read the export by its own code: the probe's JSON, and ours."""
+    """Export for a trainer and read every step by its own code: the probe's JSON, and the pairs and model wanted."""
 
-    def probe(name: str, *, lora: bool = False) -> dict:
+    def probe(name: str, *, lora: bool = False) -> list[dict]:
         folder = cache_folder() / "trainers"
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -55,7 +55,11 @@ def probe(tmp_path, pairs, partition, tiny_model):  # noqa: F811
         done = subprocess.run(call, cwd=tmp_path / "export", env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         found = next(line for line in done.stdout.splitlines() if line.startswith("FOUND "))
-        return json.loads(found.removeprefix("FOUND ")) | {"wanted": exported_ids(tmp_path / "export", 1)}
+        read = json.loads(found.removeprefix("FOUND "))
+        assert len(read) == partition["step"].n_unique() == 2
+        starts = [str(tiny_model), f"models/{name}/step_1"]  # S, then what the step before wrote
+        ids = [exported_ids(tmp_path / "export", step) for step in (1, 2)]
+        return [one | {"wanted": own, "start": start} for one, own, start in zip(read, ids, starts, strict=True)]
 
     return probe
 
@@ -74,29 +78,30 @@ def texts(pairs, tiny_model):
 
 
 @pytest.mark.parametrize("lora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["full", "lora"])
-def test_llama_factory_reads_our_texts_in_order(probe, texts, tiny_model, lora):
-    found = probe("llama_factory", lora=lora)
-    assert found["texts"] == texts(found["wanted"], "chosen", prompt=True)
-    assert found["rejected"] == texts(found["wanted"], "rejected", prompt=False)
-    assert (found["disable_shuffling"], found["beta"]) == (True, 0.1)
-    assert found["ref_model"] == (None if lora else str(tiny_model))
-    assert (found["new"], found["rank"]) == ((True, 4) if lora else (False, 8))
+def test_llama_factory_reads_our_texts_in_order(probe, texts, lora):
+    for found in probe("llama_factory", lora=lora):
+        assert found["texts"] == texts(found["wanted"], "chosen", prompt=True)
+        assert found["rejected"] == texts(found["wanted"], "rejected", prompt=False)
+        assert (found["disable_shuffling"], found["beta"]) == (True, 0.1)
+        assert (found["model"], found["ref_model"]) == (found["start"], None if lora else found["start"])
+        assert (found["new"], found["rank"]) == ((True, 4) if lora else (False, 8))
 
 
 def test_axolotl_reads_our_pairs_in_order_and_samples_them_so(probe, pairs):
-    found = probe("axolotl")
-    assert found["unknown"] == []
-    assert found["ids"] == found["wanted"]
-    first = pairs.filter(pair_id=found["wanted"][0]).row(0, named=True)
-    assert found["first"]["prompt"] == json.loads(first["prompt"])  # not rendered: TRL does that
-    assert (found["sampling"], found["beta"]) == ("sequential", 0.1)
+    for found in probe("axolotl"):
+        assert found["unknown"] == []
+        assert found["ids"] == found["wanted"]
+        first = pairs.filter(pair_id=found["wanted"][0]).row(0, named=True)
+        assert found["first"]["prompt"] == json.loads(first["prompt"])  # not rendered: TRL does that
+        assert (found["sampling"], found["beta"], found["model"]) == ("sequential", 0.1, found["start"])
 
 
-def test_openrlhf_reads_our_texts_in_order_by_our_script_alone(probe, texts, tiny_model):
-    found = probe("openrlhf")
-    wanted = [text.rstrip("\n") for text in texts(found["wanted"], "chosen", prompt=True)]  # it cuts a last line end
-    assert found["texts"] == wanted
-    assert (found["sampler"], found["beta"], found["epochs"]) == ("SequentialSampler", 0.1, 1)
-    assert found["models"] == [str(tiny_model)] * 2  # the policy, and the reference
-    assert found["without"]["sampler"] == "RandomSampler"
-    assert sorted(found["without"]["texts"]) == sorted(wanted)
+def test_openrlhf_reads_our_texts_in_order_by_our_script_alone(probe, texts):
+    for found in probe("openrlhf"):
+        read = texts(found["wanted"], "chosen", prompt=True)
+        wanted = [text.rstrip("\n") for text in read]  # it cuts a last line end
+        assert found["texts"] == wanted
+        assert (found["sampler"], found["beta"], found["epochs"]) == ("SequentialSampler", 0.1, 1)
+        assert found["models"] == [found["start"]] * 2  # the policy, and the reference
+        assert found["without"]["sampler"] == "RandomSampler"
+        assert sorted(found["without"]["texts"]) == sorted(wanted)

@@ -1,7 +1,8 @@
-"""Reads an export with another trainer's own code: python trainer_probes.py TRAINER CODE EXPORT MODEL, prints JSON.
+"""Reads every step of an export with another trainer's own code: python trainer_probes.py TRAINER CODE MODEL.
 
-CODE is the trainer's unpacked wheel. What it imports and does not need here (deepspeed, PIL, ...) is stood in for by
-mocks; what reads configs and pairs is its own code. Run in a process of its own, with the export folder as cwd.
+Prints what was found as JSON, a list of steps. CODE is the trainer's unpacked wheel. What it imports and does not need
+here (deepspeed, PIL, ...) is stood in for by mocks; what reads configs and pairs is its own code. Run in a process of
+its own, with the export folder as cwd.
 """
 
 import enum
@@ -41,8 +42,8 @@ class StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         pass
 
 
-def openrlhf(model: str) -> dict:
-    """Start its command as step_1.sh does, up to the trainer: the texts it loads, by our script and without."""
+def openrlhf(model: str, steps: list[int]) -> list[dict]:
+    """Start its command as step_T.sh does, up to the trainer: the texts it loads, by our script and without."""
     sys.meta_path.append(StandIns("pylatexenc deepspeed torchdata flash_attn ray loralib wandb jsonlines"))
     stateful = importlib.import_module("torchdata.stateful_dataloader")
     stateful.StatefulDataLoader = torch.utils.data.DataLoader  # what it is made of
@@ -70,9 +71,14 @@ def openrlhf(model: str) -> dict:
     openrlhf.utils.get_strategy, openrlhf.utils.get_tokenizer = strategy, lambda *_, **__: tokenizer
     openrlhf.trainer.dpo_trainer.DPOTrainer = trainer
     cli.RewardDataset.__init__.__defaults__ = (None, False, None)  # in this process, not in eight
-    sys.argv = shlex.split(Path("openrlhf/step_1.sh").read_text().replace("\\\n", " "), comments=True)[1:]
-    found = {"without": _read(runpy.run_module, "openrlhf.cli.train_dpo", caught, tokenizer)}
-    return found | _read(runpy.run_path, "openrlhf/in_order.py", caught, tokenizer)
+    found = []
+    for run, name in ((runpy.run_module, "openrlhf.cli.train_dpo"), (runpy.run_path, "openrlhf/in_order.py")):
+        read = []
+        for step in steps:  # without our script first: it changes openrlhf for the whole process
+            sys.argv = shlex.split(Path(f"openrlhf/step_{step}.sh").read_text().replace("\\\n", " "), comments=True)[1:]
+            read.append(_read(run, name, caught, tokenizer))
+        found.append(read)
+    return [own | {"without": without} for without, own in zip(*found, strict=True)]
 
 
 def _read(run: Callable, name: str, caught: dict, tokenizer: PreTrainedTokenizerBase) -> dict:
@@ -90,29 +96,33 @@ def _read(run: Callable, name: str, caught: dict, tokenizer: PreTrainedTokenizer
     return {"texts": texts, "sampler": sampler, **{name: caught[name] for name in ("models", "beta", "epochs")}}
 
 
-def llama_factory(model: str) -> dict:
-    """Parse its config, load and tokenise its data: the texts, in order."""
+def llama_factory(model: str, steps: list[int]) -> list[dict]:
+    """Parse its configs, load and tokenise their data: the texts, in order."""
     sys.meta_path.append(StandIns("omegaconf torchaudio av gradio"))
     from llamafactory.data import get_dataset, get_template_and_fix_tokenizer
     from llamafactory.hparams import DataArguments, FinetuningArguments, ModelArguments, TrainingArguments
     from transformers import HfArgumentParser
 
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, FinetuningArguments))
-    config = yaml.safe_load(Path("llama_factory/step_1.yaml").read_text()) | {"bf16": False}
-    config["warmup_steps"] = config.pop("warmup_ratio")  # its transformers (5.6 at most) has the one, ours the other
-    model_args, data_args, training_args, method = parser.parse_dict(config)  # refuses what it does not know
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    template = get_template_and_fix_tokenizer(tokenizer, data_args)
-    training_args.log_level = "error"
-    rows = get_dataset(template, model_args, data_args, training_args, stage="rm", tokenizer=tokenizer)["train_dataset"]
-    texts = [tokenizer.decode(ids) for ids in rows["chosen_input_ids"]]
-    answers = [tokenizer.decode([token for token in labels if token >= 0]) for labels in rows["rejected_labels"]]
-    told = {"disable_shuffling": method.disable_shuffling, "ref_model": method.ref_model, "beta": method.pref_beta}
-    return {"texts": texts, "rejected": answers, **told, "new": method.create_new_adapter, "rank": method.lora_rank}
+    tokenizer, found = AutoTokenizer.from_pretrained(model), []
+    for step in steps:
+        config = yaml.safe_load(Path(f"llama_factory/step_{step}.yaml").read_text()) | {"bf16": False}
+        config["warmup_steps"] = config.pop("warmup_ratio")  # its transformers (up to 5.6) has this, ours that
+        model_args, data_args, training_args, method = parser.parse_dict(config)  # refuses what it does not know
+        template = get_template_and_fix_tokenizer(tokenizer, data_args)
+        training_args.log_level = "error"
+        data = get_dataset(template, model_args, data_args, training_args, stage="rm", tokenizer=tokenizer)
+        rows = data["train_dataset"]
+        texts = [tokenizer.decode(ids) for ids in rows["chosen_input_ids"]]
+        answers = [tokenizer.decode([token for token in labels if token >= 0]) for labels in rows["rejected_labels"]]
+        told = {"disable_shuffling": method.disable_shuffling, "ref_model": method.ref_model, "beta": method.pref_beta}
+        told |= {"new": method.create_new_adapter, "rank": method.lora_rank, "model": model_args.model_name_or_path}
+        found.append({"texts": texts, "rejected": answers, **told})
+    return found
 
 
-def axolotl(model: str) -> dict:
-    """Validate its config, load its data and plugin: the ids of the pairs, in order, and the sampling it asks for."""
+def axolotl(model: str, steps: list[int]) -> list[dict]:
+    """Validate its configs, load their data and plugin: the ids of the pairs, in order, and the sampling asked for."""
     sys.meta_path.append(StandIns("PIL posthog numba triton wandb"))
     importlib.import_module("PIL.Image").Resampling = enum.Enum("Resampling", "NEAREST BILINEAR")
     addict = types.ModuleType("addict")
@@ -128,23 +138,21 @@ def axolotl(model: str) -> dict:
     from axolotl.utils.dict import DictDefault
     from axolotl.utils.schemas.config import AxolotlInputConfig
 
-    config = yaml.safe_load(Path("axolotl/step_1.yaml").read_text())
-    known = set(AxolotlInputConfig.model_fields)
-    valid = AxolotlInputConfig(**config).model_dump(exclude_none=True)
-    plugins = PluginManager.get_instance()
-    for plugin in config["plugins"]:
-        plugins.register(plugin)
-    cfg = DictDefault(valid)
     rl.load_tokenizer = lambda _: AutoTokenizer.from_pretrained(model)
-    rows = rl._load_split(cfg, split="train")
-    args = AxolotlDPOConfig(output_dir="out", bf16=False, use_cpu=True, **plugins.get_training_args(cfg))
-    return {
-        "unknown": sorted(set(config) - known),
-        "ids": rows["pair_id"][:],
-        "first": rows[0],
-        "sampling": args.train_sampling_strategy,
-        "beta": valid["rl_beta"],
-    }
+    known, plugins = set(AxolotlInputConfig.model_fields), PluginManager.get_instance()
+    found = []
+    for step in steps:
+        config = yaml.safe_load(Path(f"axolotl/step_{step}.yaml").read_text())
+        valid = AxolotlInputConfig(**config).model_dump(exclude_none=True)
+        for plugin in config["plugins"]:
+            plugins.register(plugin)
+        cfg = DictDefault(valid)
+        rows = rl._load_split(cfg, split="train")
+        args = AxolotlDPOConfig(output_dir="out", bf16=False, use_cpu=True, **plugins.get_training_args(cfg))
+        told = {"unknown": sorted(set(config) - known), "sampling": args.train_sampling_strategy}
+        told |= {"beta": valid["rl_beta"], "model": valid["base_model"]}
+        found.append({"ids": rows["pair_id"][:], "first": rows[0], **told})
+    return found
 
 
 class _AttributeDict(dict):
@@ -171,5 +179,6 @@ if __name__ == "__main__":
     name, code, model = sys.argv[1:4]
     sys.path.insert(0, code)
     sys.path = [place for place in sys.path if place not in ("", str(Path(__file__).parent))]
-    found = {"openrlhf": openrlhf, "llama_factory": llama_factory, "axolotl": axolotl}[name](model)
+    steps = list(range(1, 1 + len(list(Path("steps").glob("step_*.parquet")))))
+    found = {"openrlhf": openrlhf, "llama_factory": llama_factory, "axolotl": axolotl}[name](model, steps)
     print("FOUND " + json.dumps(found, default=str))  # noqa: T201

@@ -111,9 +111,12 @@ def _show_request(
 
 
 def tabulate(results: pl.DataFrame) -> pl.DataFrame:
-    """Lay RESULTS out for reading: a row per model, a column per task, whose n is the same for all."""
+    """Lay RESULTS out for reading: a row per model, a column per task, whose n is the same for all.
+
+    A task of which every question is clean has no second column: `caveats` says so.
+    """
     rows: dict[tuple, dict[str, str]] = {}
-    for row in results.iter_rows(named=True):
+    for row in results.join(_all_clean(results), on=["task", "subset"], how="anti").iter_rows(named=True):
         stderr = "?" if row["stderr"] is None else f"{row['stderr']:.1f}"
         cells = rows.setdefault((row["arm"], row["seed"], row["step"]), {})
         title = TITLES.get(row["task"], f"{row['task']} {row['metric']}")
@@ -122,6 +125,14 @@ def tabulate(results: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(
         [dict(zip(("arm", "seed", "step"), model, strict=True)) | cells for model, cells in rows.items()]
     )
+
+
+def _all_clean(results: pl.DataFrame) -> pl.DataFrame:
+    """Name the tasks, with subset "clean", of which no question is given away by a training pair."""
+    counts = results.group_by("task", maintain_order=True).agg(
+        least=pl.col("n").filter(subset="clean").min(), most=pl.col("n").filter(subset="all").max()
+    )
+    return counts.filter(pl.col("least") == pl.col("most")).select("task", subset=pl.lit("clean"))
 
 
 def caveats(results: pl.DataFrame, missing_tasks: list[str]) -> list[str]:
@@ -133,6 +144,9 @@ def caveats(results: pl.DataFrame, missing_tasks: list[str]) -> list[str]:
         counts = ", ".join(f"{TITLES.get(task, task)} {n:,} of {n_full:,}" for task, n, n_full in limited)
         lines.append(f"a subset, not the benchmark: {counts} questions. Its standard errors say what it can tell.")
     why = {name: "out of reach" if name in missing_tasks else "not in eval.tasks" for name in TASKS}
+    clean = [TITLES.get(task, task) for task in _all_clean(results)["task"] if task != MEAN]
+    if clean:
+        lines.append(f"no question of {', '.join(clean)} is given away by a training pair: clean results are the same.")
     left_out = [f"{TITLES[name]} is {why[name]}" for name in TASKS if name not in results["task"]]
     if left_out:
         lines.append(f"no H4, which is the mean of all four tasks: {', '.join(left_out)}.")

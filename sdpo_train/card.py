@@ -1,6 +1,7 @@
 """The model card of an arm's last model: README.md with the hub's metadata, from the run folder alone. No torch."""
 
 import html
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from sdpo_data.tables import RESULTS, STEPS, SdpoError, check
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
+
+log = logging.getLogger(__name__)
 
 KNOWN = {  # embedded names: hub id, what is known of it
     "embedded:smollm2-135m": ("HuggingFaceTB/SmolLM2-135M-Instruct", SMOLLM2.holds),
@@ -64,6 +67,7 @@ def write_card(run: Run, arm: str, seed: int, *, license: str | None = None) -> 
     path = folder / "README.md"
     if not path.exists() or path.read_text(encoding="utf-8") != card.content:
         write_atomically(path, card.save)
+        log.info("model card: %s", path)
     return path
 
 

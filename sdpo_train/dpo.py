@@ -15,7 +15,7 @@ from sdpo_data.run import write_atomically
 from sdpo_data.score import score_encoded
 from sdpo_data.scorer import Scorer
 from sdpo_data.store import ScoreStore
-from sdpo_data.tables import LOGP_MARGIN, METRICS, SCORES, SdpoError
+from sdpo_data.tables import LOGP_MARGIN, METRICS, SdpoError
 from sdpo_train import handoff
 from sdpo_train.config import StepConfig
 from sdpo_train.diagnostics import contamination_alarm, diagnose_step, split_held_out
@@ -64,7 +64,7 @@ def train_step(work: StepWork, config: StepConfig) -> dict[str, Any]:
         model, tokenizer = load_model(work.reference, WEIGHTS)
         encoded = _encode(work.pairs, tokenizer, config)
         scorer = _scorer(work, config, model, work.reference_key)
-        reference = _reference_scores(work, encoded, scorer)
+        reference = _reference_scores(work, config, encoded, scorer)
         start = None
         if work.start_key != work.reference_key:
             del model, scorer
@@ -153,15 +153,25 @@ def _scorer(kept: "Inputs | StepWork", config: StepConfig, model: "PreTrainedMod
     return Scorer(model, key, ScoreStore(kept.store, key, dtype), kept.token_budget, autocast=autocast)
 
 
-def _reference_scores(work: StepWork, encoded: pl.DataFrame, scorer: Scorer) -> pl.DataFrame:
-    """SCORES of the step's pairs under its reference: those at hand if they are of its weights, else new ones."""
+def _reference_scores(work: StepWork, config: StepConfig, encoded: pl.DataFrame, scorer: Scorer) -> pl.DataFrame:
+    """SCORES of the step's pairs under its reference, as the score store has them for exactly these tokens.
+
+    What the run's scores say of the same model must agree, or they are of other tokens.
+    """
+    known = None
     if work.scores is not None:
         known = encoded.select("pair_id").join(work.scores, on="pair_id", maintain_order="left")
         handoff.check_same_tokens(work, encoded, known)
-        same_model = known["model_key"].eq_missing(work.reference_key).all()
-        if same_model and known["dtype"].eq_missing(scorer.dtype).all():
-            return known.select(list(SCORES))
-    return score_encoded(encoded, work.pairs, scorer)
+    reference = score_encoded(encoded, work.pairs, scorer)
+    if known is not None and known["model_key"].eq_missing(work.reference_key).all():
+        if known["dtype"].eq_missing(scorer.dtype).all():
+            handoff.check_same_scores(work, config, reference, known)
+        if scorer.work.computed:
+            log.info(
+                "%s step %d: %d answers of the reference were not in the score store %s in %s: computed",
+                work.arm, work.step, scorer.work.computed, scorer.store.folder, scorer.dtype,
+            )  # fmt: skip
+    return reference
 
 
 def _held_out(

@@ -39,7 +39,7 @@ def check_key(work: StepWork, role: str, model: str, declared: str) -> None:
 def check_same_tokens(work: StepWork, encoded: pl.DataFrame, known: pl.DataFrame) -> None:
     """Compare the tokens that are trained on with those that were scored: their number in prompt and answers.
 
-    SCORES do not hold the tokens themselves: other ones of the same number are left to `check_start`.
+    SCORES do not hold the tokens themselves: other ones of the same number are left to `check_same_scores`.
 
     Args:
         encoded: ENCODED frame of the step's pairs.
@@ -56,6 +56,26 @@ def check_same_tokens(work: StepWork, encoded: pl.DataFrame, known: pl.DataFrame
             f"{other.height} pair(s) of {work.arm} step {work.step} were scored on other tokens than they would be "
             f"trained on, e.g. {row['pair_id']!r}: {row[f'{part}_tokens']} {part} tokens scored, {row[f'{part}_now']} "
             "now. Set train.max_length to score.max_length, and use the model that was scored, with its template."
+        )
+
+
+def check_same_scores(work: StepWork, config: StepConfig, reference: pl.DataFrame, known: pl.DataFrame) -> None:
+    """Compare what the run's scores say of the reference with what it says of the tokens that are trained on.
+
+    Args:
+        reference: SCORES of exactly these tokens: found by their ids in the score store, or computed.
+        known: SCORES of the same pairs, model and dtype from the run, in the same order.
+    """
+    gap = pl.max_horizontal((pl.col(f"{side}_logp") - pl.col(f"{side}_logp_known")).abs() for side in SIDES)
+    both = reference.join(known, on="pair_id", suffix="_known", maintain_order="left").with_columns(gap=gap)
+    other = both.filter(~(pl.col("gap") <= allowed_noise(config, reference)))
+    if other.height:
+        worst = other.sort("gap", descending=True).row(0, named=True)
+        raise SdpoError(
+            f"{other.height} pair(s) of {work.arm} step {work.step} have other scores than the reference gives the "
+            f"tokens that would be trained on, e.g. {worst['pair_id']!r} by {worst['gap']:.3g} nats: they were scored "
+            "under other weights, or on other tokens of the same number, as of another chat template. Score again with "
+            "--force."
         )
 
 

@@ -1,5 +1,6 @@
 """The last model of an arm once more, for others: in the dtype asked for, with its card, and on the hub if asked."""
 
+import hashlib
 import logging
 import shutil
 from pathlib import Path
@@ -9,9 +10,11 @@ from sdpo_data.run import write_atomically
 
 log = logging.getLogger(__name__)
 
+CARD = "README.md"
+
 
 def publish(model: Path, out: Path, dtype: str) -> None:
-    """Write a model in another dtype, with the card that lies beside it.
+    """Write a model in another dtype, by itself; `copy_card` brings its card.
 
     The float32 weights that steps hand on stay where they are: in bfloat16 most small updates round
     away, which is why only what is published may lose them.
@@ -25,10 +28,19 @@ def publish(model: Path, out: Path, dtype: str) -> None:
     def write(folder: Path) -> None:
         loaded, tokenizer = load_model(model, dtype)
         save_model(loaded, tokenizer, folder)
-        if (model / "README.md").exists():
-            shutil.copy2(model / "README.md", folder / "README.md")
 
     write_atomically(out, write)
+
+
+def copy_card(model: Path, out: Path) -> None:
+    """Have the published model tell what the card beside the step's weights tells: H4 comes after training."""
+    if (model / CARD).exists():
+        write_atomically(out / CARD, lambda part: shutil.copyfile(model / CARD, part))
+
+
+def hash_card(out: Path) -> str | None:
+    """Name what a published card says, to know whether the hub has it; None where there is none."""
+    return hashlib.sha256((out / CARD).read_bytes()).hexdigest()[:32] if (out / CARD).exists() else None
 
 
 def upload(folder: Path, repository: str) -> None:

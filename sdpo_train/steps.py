@@ -175,6 +175,8 @@ def run_sdpo(
             for step in one.steps:
                 if one.unit(step) in wanted:
                     _run_unit(one, step, given)
+                    if given.config.keep == "last" and workers.is_main():
+                        _prune(chains, given)
             if one.row(one.steps[-1]) is not None:
                 if workers.is_main() and train_step is None:
                     write_card(run, one.variant.label, one.seed)
@@ -235,17 +237,14 @@ def _wanted(chains: list[Chain], units: Sequence[str]) -> set[tuple[str, int, in
     return asked
 
 
-def _run_unit(own: Chain, step: int, given: Inputs) -> None:
-    """Train one step, share it with an arm that has it already, or find it finished."""
-    unit, arm = f"{own.name}/step_{step}", own.variant.arm
-    config = own.config[step - 1]
+def _work(own: Chain, step: int, given: Inputs) -> StepWork:
+    """Say what a step is to do: from which model, held to which, on which pairs."""
+    arm, config = own.variant.arm, own.config[step - 1]
     start, reference = (
         {"previous": own.model(step - 1), "base": own.base}[which] for which in (arm.start, arm.reference)
     )
-    if arm.adaptive and step > 1 and own.row(step) is None:
-        own.order = _adapted(own, step, given)
     order = own.order.filter(pl.col("step") == step).sort("rank")
-    work = StepWork(
+    return StepWork(
         arm=own.variant.label,
         seed=own.seed,
         step=step,
@@ -255,7 +254,7 @@ def _run_unit(own: Chain, step: int, given: Inputs) -> None:
         reference=reference[0],
         reference_key=reference[1],
         scores=given.scores,
-        out=own.run.path / unit,
+        out=own.folder / f"step_{step}",
         base=own.base[0],
         held_out=given.held_out,
         held_out_parts=given.held_out_parts,
@@ -267,7 +266,15 @@ def _run_unit(own: Chain, step: int, given: Inputs) -> None:
         store=given.store,
         token_budget=given.token_budget,
     )
-    numbers = recipe(config) | {"start": start[1], "reference": reference[1], "work": work.key(config)}
+
+
+def _run_unit(own: Chain, step: int, given: Inputs) -> None:
+    """Train one step, share it with an arm that has it already, or find it finished."""
+    unit, config = f"{own.name}/step_{step}", own.config[step - 1]
+    if own.variant.arm.adaptive and step > 1 and own.row(step) is None:
+        own.order = _adapted(own, step, given)
+    work = _work(own, step, given)
+    numbers = recipe(config) | {"start": work.start_key, "reference": work.reference_key, "work": work.key(config)}
     force = given.force or own.row(step) is None  # a row that a forced step before it took away
     with workers.main_stage(own.run, unit, numbers, ["pairs", "partition"], force=force) as stage:
         if stage.current:
@@ -281,14 +288,12 @@ def _run_unit(own: Chain, step: int, given: Inputs) -> None:
         if twin is not None:
             row = _share(own.run, twin, work) if workers.is_main() else {}
         else:
-            log.info("%s seed %d step %d: %d pairs from %s", work.arm, own.seed, step, work.pairs.height, start[0])
+            log.info("%s seed %d step %d: %d pairs from %s", work.arm, own.seed, step, work.pairs.height, work.start)
             row = (given.train_step or _dpo_step())(work, config)
         if workers.is_main():
             _add_row(own.folder / "steps.parquet", row)
             shutil.rmtree(work.out.with_name(f"{work.out.name}.unfinished"), ignore_errors=True)
             stage.outputs += [unit, f"{own.name}/steps.parquet"]
-            if config.keep == "last" and step > 1:
-                _prune(own.folder / f"step_{step - 1}")
 
 
 def tell_parts(own: Chain, scores: pl.DataFrame | None) -> dict[str, Any]:
@@ -377,15 +382,26 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _prune(folder: Path) -> None:
-    """Remove the weights of a step that nothing needs any more; its tables stay."""
-    for path in (*folder.glob("**/*.safetensors"), *folder.glob("*.safetensors.index.json")):
-        path.unlink()
+def _prune(chains: list[Chain], given: Inputs) -> None:
+    """Remove the weights of steps whose successor is done, but of a first step that another arm can still share.
+
+    Their tables stay.
+    """
+    waiting = {_work(one, 1, given).key(one.config[0]) for one in chains if one.row(1) is None}
+    made = chains[0].run.lineage
+    for one in chains:
+        for step in one.steps[:-1]:
+            row = made.get(f"{one.name}/step_{step}")
+            if row is None or one.row(step + 1) is None or row["recipe"].get("work") in waiting:
+                continue
+            folder = one.folder / f"step_{step}"
+            for path in (*folder.glob("**/*.safetensors"), *folder.glob("*.safetensors.index.json")):
+                path.unlink()
 
 
 def _publish(own: Chain, given: Inputs, *, alone: bool) -> None:
     """Write, and upload where asked, the last model of a chain: each once."""
-    from sdpo_train.publish import publish, upload
+    from sdpo_train.publish import copy_card, hash_card, publish, upload
 
     config = given.config
     if config.push_to_hub and not alone:
@@ -394,16 +410,22 @@ def _publish(own: Chain, given: Inputs, *, alone: bool) -> None:
             "Name a single arm and seed with --arms and --seeds; what is trained is kept."
         )
     model, key = own.model(own.steps[-1])
-    unit, numbers = f"{own.name}/published", {"model": key, "export_dtype": config.export_dtype}
-    with workers.main_stage(own.run, unit, numbers, force=given.force) as stage:
+    published, uploaded = (f"{own.name}/{what}" for what in ("published", "uploaded"))
+    folder, numbers = own.run.path / published, {"model": key, "export_dtype": config.export_dtype}
+    with workers.main_stage(own.run, published, numbers, force=given.force) as stage:
         if not stage.current and workers.is_main():
-            publish(Path(model), own.run.path / unit, config.export_dtype or "float32")
-            stage.outputs.append(unit)
+            publish(Path(model), folder, config.export_dtype or "float32")
+            stage.outputs.append(published)
+    if workers.is_main():
+        copy_card(Path(model), folder)
+    workers.wait()
     if config.push_to_hub:
-        numbers |= {"repository": config.push_to_hub}
-        with workers.main_stage(own.run, f"{own.name}/uploaded", numbers, force=given.force) as stage:
+        numbers |= {"repository": config.push_to_hub, "card": hash_card(folder)}
+        before = own.run.lineage.get(uploaded, {}).get("recipe", {})
+        retold = before != numbers and before | {"card": numbers["card"]} == numbers  # evaluated since
+        with workers.main_stage(own.run, uploaded, numbers, force=given.force or retold) as stage:
             if not stage.current and workers.is_main():
-                upload(own.run.path / unit, config.push_to_hub)
+                upload(folder, config.push_to_hub)
 
 
 def _dpo_step() -> TrainStep:

@@ -1,5 +1,6 @@
 """One real step of DPO on a tiny model: what it hands on, and that every false hand-off is caught."""
 
+import hashlib
 import json
 import math
 
@@ -7,10 +8,11 @@ import polars as pl
 import pytest
 
 from sdpo_data import PartitionConfig
+from sdpo_data.encode import encode_pairs
 from sdpo_data.models import load_model, model_key, save_model
 from sdpo_data.partition import divide_pairs
 from sdpo_data.run import Run
-from sdpo_data.score import score_pairs
+from sdpo_data.score import ScoreConfig, score_pairs
 from sdpo_data.tables import LOGP_MARGIN, METRICS, SCORES, SdpoError, check
 from sdpo_train.config import StepConfig, TrainConfig
 from sdpo_train.dpo import train_step
@@ -117,9 +119,43 @@ def test_trl_hashes_no_weights(work, monkeypatch):
 def test_stale_reference_scores_are_caught_in_nats(work, pairs, other_model, tiny_model):
     """FIELD.md, fact 5: scores of other weights under the right name. Only the log-probabilities tell."""
     stale = score_pairs(pairs, other_model).with_columns(model_key=pl.lit(model_key(tiny_model)))
-    with pytest.raises(SdpoError, match=r"before the first update .* differs from the reference's by"):
+    with pytest.raises(SdpoError, match=r"6 pair\(s\) of sdpo step 1 have other scores .* under other weights"):
         train_step(work(scores=stale), FAST)
     assert not work().out.exists()
+
+
+def test_a_score_store_that_holds_other_numbers_is_caught_before_the_first_update(work, pairs, tiny_model, tmp_path):
+    """Those of answers moved by a hundredth of a nat, in a shard that is sound: the policy itself does not say so."""
+    store = tmp_path / "store"
+    score_pairs(pairs, tiny_model, ScoreConfig(store=str(store)))
+    for shard in list(store.glob("*/*.parquet")):
+        moved = pl.read_parquet(shard).with_columns(pl.col("logp") + 0.01)
+        shard.unlink()
+        moved.write_parquet(shard)
+        shard.rename(shard.with_stem(hashlib.sha256(shard.read_bytes()).hexdigest()[:32]))
+    with pytest.raises(SdpoError, match=r"before the first update .* differs from the reference's by 0.01"):
+        train_step(work(store=str(store)), FAST)
+
+
+def test_scores_of_other_tokens_of_the_same_number_are_caught(work, pairs, tiny_model):
+    """Two words of one answer changed places after it was scored: as many tokens, other log-probabilities."""
+    model, tokenizer = load_model(tiny_model)
+    scores = score_pairs(pairs, (model, tokenizer))
+    [message] = json.loads(pairs["chosen"][0])
+    *words, one, two = message["content"].split(" ")
+    turned = json.dumps([message | {"content": " ".join([*words, two, one])}])
+    changed = pairs.with_columns(chosen=pl.Series([turned, *pairs["chosen"][1:]]))
+    before, after = (encode_pairs(frame, tokenizer, 1024, "cut")["chosen_ids"][0] for frame in (pairs, changed))
+    assert len(before) == len(after)
+    assert before.to_list() != after.to_list()
+    with pytest.raises(SdpoError, match=r"1 pair\(s\) of sdpo step 1 have other scores than the reference"):
+        train_step(work(pairs=changed, scores=scores), FAST)
+
+
+def test_reference_scores_at_hand_cost_no_forward_pass(work, pairs, tiny_model, monkeypatch):
+    scores = score_pairs(pairs, tiny_model)
+    monkeypatch.setattr("sdpo_data.scorer.score_bin", None)
+    train_step(work(scores=scores), FAST.model_copy(update={"diagnose": False, "kl_samples": 0}))
 
 
 def test_scores_of_cut_answers_are_caught(work, pairs, tiny_model):

@@ -18,6 +18,7 @@ from sdpo_data.models import load_model, model_key
 from sdpo_data.run import Run
 from sdpo_data.tables import CONTAMINATION, DOCUMENTS, ITEMS, RESULTS, STEPS, SdpoError, check
 from sdpo_eval import EvalConfig, answers, compare_models, evaluate, h4, h4_v1, harness, questions
+from sdpo_eval import __main__ as commands
 from sdpo_eval.answers import answer_requests
 from sdpo_eval.changes import find_changes, find_flips, find_forgetting
 from sdpo_eval.contrasts import choose_models
@@ -793,6 +794,21 @@ def test_a_question_whose_choices_stand_within_it_is_told_with_the_first():
     within = SimpleNamespace(doc_to_text=lambda _: 1, doc_to_choice=lambda doc: doc["options"])  # as winogrande is
     assert harness._question(within, doc) == "Ann thanked Eve"
     assert harness._question(SimpleNamespace(doc_to_text=lambda doc: doc["sentence"]), doc) == "Ann thanked _ ."
+
+
+def test_clean_results_that_are_those_of_all_are_not_shown_twice():
+    rows = [
+        ("base", 0, 0, "key", "h4-lmeval@1", task, metric, 50.0, 1.0, n, 9, subset)
+        for task, metric, n, subset in (
+            ("arc_challenge", "acc_norm", 2, "all"), ("truthfulqa_mc2", "mc2", 2, "all"),
+            ("arc_challenge", "acc_norm", 2, "clean"), ("truthfulqa_mc2", "mc2", 1, "clean"),
+        )
+    ]  # fmt: skip
+    results = pl.DataFrame(rows, RESULTS, orient="row")
+    titles = ["ARC-Challenge (n = 2)", "TruthfulQA (n = 2)", "TruthfulQA, clean (n = 1)"]
+    assert commands.tabulate(results).columns == ["arm", "seed", "step", *titles]
+    told = "no question of ARC-Challenge is given away by a training pair: clean results are the same."
+    assert told in commands.caveats(results, [])
 
 
 def test_clean_results_leave_out_what_training_pairs_touch(small, models, run, pairs, caplog):

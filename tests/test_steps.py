@@ -248,6 +248,21 @@ def test_only_the_last_weights_are_kept_where_asked(inputs, tmp_path):
     assert again.seen == []
 
 
+def test_a_first_step_that_two_arms_share_is_kept_until_both_have_it(inputs, tmp_path):
+    pairs, partition, base = inputs
+    config = TrainConfig(arms=["sdpo", "sdpo_fixed"], keep="last")
+    fake = FakeStep()
+    run_sdpo(pairs, partition, base, tmp_path, config=config, train_step=fake, units=["sdpo/0/1", "sdpo/0/2"])
+    kept = tmp_path / "arms/sdpo/seed_0/step_1"
+    assert list(kept.glob("*.safetensors"))
+    run_sdpo(pairs, partition, base, tmp_path, config=config, train_step=fake)
+    assert [(work.arm, work.step) for work in fake.seen] == [
+        ("sdpo", 1), ("sdpo", 2), ("sdpo", 3), ("sdpo_fixed", 2), ("sdpo_fixed", 3)
+    ]  # fmt: skip
+    weights = sorted(str(path.parent.relative_to(tmp_path / "arms")) for path in tmp_path.rglob("model*.safetensors"))
+    assert weights == ["sdpo/seed_0/step_3", "sdpo_fixed/seed_0/step_3"]
+
+
 DECLARED = {  # arm -> start and reference of steps 1, 2, 3: S is 0, M_t is t
     "sdpo": ([0, 1, 2], [0, 1, 2]),
     "sdpo_fixed": ([0, 1, 2], [0, 0, 0]),

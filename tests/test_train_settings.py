@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sdpo_data import PartitionConfig, partition_pairs, score_pairs
 from sdpo_data.models import load_model
 from sdpo_data.run import Run
-from sdpo_data.tables import SdpoError
+from sdpo_data.tables import RESULTS, SdpoError
 from sdpo_train.config import NOT_NUMBERS_OF_TRL, StepConfig, TrainConfig
 from sdpo_train.steps import run_sdpo
 from sdpo_train.trainer import PairTrainer
@@ -224,6 +224,15 @@ def test_only_where_asked_is_anything_uploaded(inputs, tmp_path, monkeypatch):
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= names
     assert not {name for name in names if name.endswith((".parquet", ".bin", ".pt"))}
     assert Path(last).exists()
+    assert "ARC-Challenge" not in (folder / "README.md").read_text()
+    key = Run(tmp_path / "run").steps["model_key"][-1]
+    row = ("sdpo", 0, 2, key, "h4-lmeval@1", "arc_challenge", "acc_norm", 41.5, 1.4, 1172, 1172, "all")
+    pl.DataFrame([row], RESULTS, orient="row").write_parquet(tmp_path / "run/results.parquet")
+    for _ in range(2):  # evaluated since: the card says so, in all three places, and is uploaded, once
+        train(inputs, tmp_path / "run", export_dtype="bfloat16", push_to_hub="me/model")
+    assert [name for name, *_ in called] == ["create_repo", "upload_folder"] * 2
+    del called[2:]
+    assert "41.5" in (folder / "README.md").read_text() == (Path(last) / "README.md").read_text()
     train(inputs, tmp_path / "run", force=True, push_to_hub="me/other")
     assert [given.get("repo_id", args) for _, args, given in called[2:]] == [("me/other",), "me/other"]
     assert transformers.AutoModelForCausalLM.from_pretrained(folder).dtype == torch.float32

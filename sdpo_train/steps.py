@@ -175,7 +175,7 @@ def run_sdpo(
             for step in one.steps:
                 if one.unit(step) in wanted:
                     _run_unit(one, step, given)
-                    if given.config.keep == "last" and workers.is_main():
+                    if config.keep == "last" and workers.is_main():
                         _prune(chains, given)
             if one.row(one.steps[-1]) is not None:
                 if workers.is_main() and train_step is None:

@@ -394,7 +394,7 @@ def hub(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("OurHub", (Hub,), {"root": tmp_path / "hub"}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = {
-        **{name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")},
+        **{name: value for name, value in os.environ.items() if not name.lower().endswith(("_proxy", "_offline"))},
         "HF_HOME": str(tmp_path / "home"),
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         "PYTHONPATH": str(ROOT),
@@ -468,6 +468,7 @@ def test_hub_answers_then_falls_silent(hub):
 def test_a_hub_that_takes_the_call_and_says_nothing(monkeypatch):
     from huggingface_hub import constants
 
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)  # whatever this shell has set
     monkeypatch.setattr(assets, "HUB_SECONDS", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
@@ -481,6 +482,7 @@ def test_a_hub_that_takes_the_call_and_says_nothing(monkeypatch):
 def test_a_name_lookup_that_hangs(monkeypatch):
     import huggingface_hub
 
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(assets, "HUB_SECONDS", 0.2)
     monkeypatch.setattr(huggingface_hub, "get_session", lambda: time.sleep(5))
     started = time.monotonic()

@@ -44,8 +44,10 @@ RESCORED_LEAST = 8
 
 
 class ScoreConfig(Settings):
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the forward pass. In bfloat16 log-probs move with what is computed beside them: see the noise band."""
+    dtype: Literal["float32", "bfloat16", "float16", "bfloat16_autocast"] = "float32"
+    """Of the forward pass. In bfloat16 log-probs move with what is computed beside them: see the noise band.
+    bfloat16_autocast keeps the weights in float32, as training with train.dtype bfloat16 does: then step 1 takes its
+    reference log-probs from here, where after bfloat16 it scores its pairs again."""
     max_length: int = pydantic.Field(1024, ge=2)
     """Longest prompt + answer, tokens."""
     truncation: Truncation = "drop"
@@ -204,9 +206,15 @@ def main() -> None:
 
 def _loaded(model: "Model", dtype: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, str]":
     """Give the model, its tokenizer and its key: that of the saved weights where they are at hand."""
+    weights = "float32" if dtype == "bfloat16_autocast" else dtype
     if isinstance(model, str | Path):
-        return *load_model(model, dtype), model_key(model)
+        return *load_model(model, weights), model_key(model)
     loaded, tokenizer = model if isinstance(model, tuple) else (model, load_tokenizer(model.config._name_or_path))
+    own = str(loaded.dtype).removeprefix("torch.")
+    if dtype == "bfloat16_autocast" and own != weights:
+        raise SdpoError(
+            f"score.dtype {dtype} needs a model in {weights}, and this one is in {own}: load it in {weights}."
+        )
     return loaded.eval(), tokenizer, model_key(loaded)
 
 
@@ -214,9 +222,10 @@ def _score(
     pairs: pl.DataFrame, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", key: str, config: ScoreConfig
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """Score pairs block by block, those of one prompt together; give SCORES in their order, and DROPPED."""
-    dtype = str(model.dtype).removeprefix("torch.")
+    autocast = "bfloat16" if config.dtype == "bfloat16_autocast" else None
+    dtype = config.dtype if autocast else str(model.dtype).removeprefix("torch.")
     store = ScoreStore(config.store, key, dtype)
-    scorer = Scorer(model, key, store, config.token_budget, config.keep_token_logps)
+    scorer = Scorer(model, key, store, config.token_budget, config.keep_token_logps, autocast)
     scores, dropped = [], []
     for block in pairs.sort("system", "prompt", "pair_id").iter_slices(BLOCK):
         encoded = encode_pairs(block, tokenizer, config.max_length, config.truncation)
@@ -250,7 +259,7 @@ def _beside(
             f"score.against {config.against} has the weights of the model that is scored: its implicit reward is 0 for "
             "every pair by definition. Name another model, such as the one it was tuned from."
         )
-    model, own = load_model(config.against, config.dtype)
+    model, own, _ = _loaded(config.against, config.dtype)
     if own.get_vocab() != tokenizer.get_vocab():
         raise SdpoError(
             f"score.against {config.against} has another tokenizer: its log-probabilities would be of other tokens. "

@@ -152,10 +152,17 @@ def test_scores_of_other_tokens_of_the_same_number_are_caught(work, pairs, tiny_
         train_step(work(pairs=changed, scores=scores), FAST)
 
 
-def test_reference_scores_at_hand_cost_no_forward_pass(work, pairs, tiny_model, monkeypatch):
-    scores = score_pairs(pairs, tiny_model)
+@pytest.mark.parametrize("dtype, scored", [("float32", "float32"), ("bfloat16", "bfloat16_autocast")])
+def test_reference_scores_at_hand_cost_no_forward_pass(work, pairs, tiny_model, dtype, scored, monkeypatch):
+    scores = score_pairs(pairs, tiny_model, ScoreConfig(dtype=scored))
+    assert scores["dtype"].unique().to_list() == [scored]
     monkeypatch.setattr("sdpo_data.scorer.score_bin", None)
-    train_step(work(scores=scores), FAST.model_copy(update={"diagnose": False, "kl_samples": 0}))
+    train_step(work(scores=scores), FAST.model_copy(update={"dtype": dtype, "diagnose": False, "kl_samples": 0}))
+
+
+def test_a_model_in_bfloat16_is_not_scored_as_if_its_weights_were_float32(pairs, tiny_model):
+    with pytest.raises(SdpoError, match="needs a model in float32, and this one is in bfloat16: load it in that"):
+        score_pairs(pairs, load_model(tiny_model, "bfloat16"), ScoreConfig(dtype="bfloat16_autocast"))
 
 
 def test_scores_of_cut_answers_are_caught(work, pairs, tiny_model):

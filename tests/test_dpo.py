@@ -161,7 +161,7 @@ def test_reference_scores_at_hand_cost_no_forward_pass(work, pairs, tiny_model, 
 
 
 def test_a_model_in_bfloat16_is_not_scored_as_if_its_weights_were_float32(pairs, tiny_model):
-    with pytest.raises(SdpoError, match="needs a model in float32, and this one is in bfloat16: load it in that"):
+    with pytest.raises(SdpoError, match="needs a model in float32, and this one is in bfloat16: load it in float32"):
         score_pairs(pairs, load_model(tiny_model, "bfloat16"), ScoreConfig(dtype="bfloat16_autocast"))
 
 

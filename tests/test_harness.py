@@ -283,7 +283,8 @@ def compare_with_lm_eval(folder, data, names, limit, tmp_path, monkeypatch):
         ids = [f"{subject or name}/{row}" for row in range(limit)]
         requests = encode_items(write_items(task, load_documents(task, str(data)), ids), tokenizer, "tokenizer")
         [rows] = answer_requests(model, task, requests, 4096, lambda _: None)
-        for ours, sample in zip(sorted(rows, key=lambda row: row["item_id"]), theirs, strict=True):
+        rows = sorted(rows, key=lambda row: int(row["item_id"].rsplit("/", 1)[1]))
+        for ours, sample in zip(rows, theirs, strict=True):
             logps = [logp for logp, _ in sample["filtered_resps"]]
             assert ours["choice_logps"] == pytest.approx(logps, abs=1e-4)
             assert ours["score"] == pytest.approx(sample[METRICS[name]], abs=1e-6)

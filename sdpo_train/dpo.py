@@ -15,7 +15,7 @@ from sdpo_data.run import write_atomically
 from sdpo_data.score import score_encoded
 from sdpo_data.scorer import Scorer
 from sdpo_data.store import ScoreStore
-from sdpo_data.tables import LOGP_MARGIN, METRICS, SdpoError
+from sdpo_data.tables import LOGP_MARGIN, METRICS, SCORES, SdpoError
 from sdpo_train import handoff
 from sdpo_train.config import StepConfig
 from sdpo_train.diagnostics import contamination_alarm, diagnose_step, split_held_out
@@ -158,19 +158,16 @@ def _reference_scores(work: StepWork, config: StepConfig, encoded: pl.DataFrame,
 
     What the run's scores say of the same model must agree, or they are of other tokens.
     """
-    known = None
-    if work.scores is not None:
-        known = encoded.select("pair_id").join(work.scores, on="pair_id", maintain_order="left")
-        handoff.check_same_tokens(work, encoded, known)
+    known = encoded.select("pair_id").join(SCORES.to_frame() if work.scores is None else work.scores, on="pair_id")
+    handoff.check_same_tokens(work, encoded, known)
     reference = score_encoded(encoded, work.pairs, scorer)
-    if known is not None and known["model_key"].eq_missing(work.reference_key).all():
-        if known["dtype"].eq_missing(scorer.dtype).all():
-            handoff.check_same_scores(work, config, reference, known)
-        if scorer.work.computed:
-            log.info(
-                "%s step %d: %d answers of the reference were not in the score store %s in %s: computed",
-                work.arm, work.step, scorer.work.computed, scorer.store.folder, scorer.dtype,
-            )  # fmt: skip
+    of_reference = known.filter(model_key=work.reference_key)
+    handoff.check_same_scores(work, config, reference, of_reference.filter(dtype=scorer.dtype))
+    if of_reference.height and scorer.work.computed:
+        log.info(
+            "%s step %d: %d answers of the reference were not in the score store %s in %s: computed",
+            work.arm, work.step, scorer.work.computed, scorer.store.folder, scorer.dtype,
+        )  # fmt: skip
     return reference
 
 

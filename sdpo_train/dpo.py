@@ -149,8 +149,7 @@ def _encode(pairs: pl.DataFrame, tokenizer: "PreTrainedTokenizerBase", config: S
 def _scorer(kept: "Inputs | StepWork", config: StepConfig, model: "PreTrainedModel", key: str) -> Scorer:
     """Give a scorer that computes as training does: float32 weights, and the forward pass in train.dtype."""
     autocast = None if config.dtype == WEIGHTS else config.dtype
-    dtype = f"{autocast}_autocast" if autocast else WEIGHTS
-    return Scorer(model, key, ScoreStore(kept.store, key, dtype), kept.token_budget, autocast=autocast)
+    return Scorer(model, key, ScoreStore(kept.store, key, config.scored_in), kept.token_budget, autocast=autocast)
 
 
 def _reference_scores(work: StepWork, config: StepConfig, encoded: pl.DataFrame, scorer: Scorer) -> pl.DataFrame:

@@ -21,7 +21,7 @@ demo: .venv/installed  ## pairs -> scores -> partition -> sDPO -> H4 -> report, 
 	$(BIN)/python -m sdpo_train $(RUN)
 	$(BIN)/python -m sdpo_eval $(RUN) $(if $(DATA),--data-dir $(DATA))
 	$(BIN)/python -m sdpo_eval.held_out $(RUN)
-	$(BIN)/python -m sdpo_train $(RUN)  # nothing is trained again: H4 goes into the model cards
+	$(BIN)/python -m sdpo_train.card $(RUN)
 	$(BIN)/python -m sdpo_eval.report $(RUN)
 
 study: .venv/installed  ## configs/study.yaml: seven arms, five seeds, into runs/study; hours on two cores, resumable (SOURCES="files of pairs")
@@ -32,7 +32,7 @@ study: .venv/installed  ## configs/study.yaml: seven arms, five seeds, into runs
 	$(BIN)/python -m sdpo_train $(STUDY)
 	$(BIN)/python -m sdpo_eval.held_out $(STUDY)
 	$(BIN)/python -m sdpo_eval $(STUDY) $(if $(DATA),--data-dir $(DATA))
-	$(BIN)/python -m sdpo_train $(STUDY)  # nothing is trained again: H4 goes into the model cards
+	$(BIN)/python -m sdpo_train.card $(STUDY)
 	$(BIN)/python -m sdpo_eval.report $(STUDY)
 
 clean-demo:  ## remove runs/demo

@@ -1,4 +1,12 @@
-"""The model card of an arm's last model: README.md with the hub's metadata, from the run folder alone. No torch."""
+"""Write the model card of every arm's last model: README.md with the hub's metadata, from the run folder alone.
+
+Training writes it too; what was evaluated since is only in it once this has run. A card lies beside the weights of
+the last step, in the published copy if train.export_dtype asked for one, and, where train.push_to_hub names a
+repository that has the model, it is uploaded there, without the weights. Nothing is trained, and no model is loaded.
+
+Examples:
+    python -m sdpo_train.card runs/a        # after python -m sdpo_eval runs/a: with H4
+"""
 
 import html
 import logging
@@ -12,10 +20,13 @@ import ruamel.yaml
 
 from sdpo_data.assets import ALPACA_EVAL, HUB_ID, SMOLLM2, is_embedded
 from sdpo_data.config import read_section
+from sdpo_data.console import command, say
 from sdpo_data.pairs import PairsConfig
-from sdpo_data.run import Run, write_atomically
+from sdpo_data.run import Run, open_run, write_atomically
 from sdpo_data.sources import SUFFIXES
 from sdpo_data.tables import RESULTS, STEPS, SdpoError, check
+from sdpo_train.config import TrainConfig
+from sdpo_train.publish import CARD, upload_card
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult, ModelCard
@@ -49,26 +60,85 @@ CITATION = """```bibtex
 
 
 def write_card(run: Run, arm: str, seed: int, *, license: str | None = None) -> Path:  # noqa: A002
-    """Write README.md beside the weights of an arm's last finished step; the same content leaves the file alone.
+    """Write README.md beside the weights of an arm's last finished step, and in its published copy if there is one.
+
+    The same content leaves a file alone.
 
     Args:
         license: the hub's name of the model's licence; None states none.
 
     Returns:
-        The file.
+        The file beside the weights.
 
     Raises:
         SdpoError: the arm has no finished step with this seed, or its folder is gone.
     """
-    card = make_card(run, arm, seed, license=license)
     folder = _folder(run, arm, seed, _steps(run, arm, seed)["step"].max())  # type: ignore[arg-type]
-    if not folder.is_dir():
-        raise SdpoError(f"There is no model folder {folder} to put a model card in. Was it moved, or not kept?")
-    path = folder / "README.md"
-    if not path.exists() or path.read_text(encoding="utf-8") != card.content:
-        write_atomically(path, card.save)
-        log.info("model card: %s", path)
-    return path
+    _write(run, arm, seed, license)
+    return folder / CARD
+
+
+def write_cards(run: Run, repository: str | None = None) -> list[Path]:
+    """Write the card of every arm and seed whose last step is finished; the hub's too where it has the model.
+
+    Args:
+        repository: the setting push_to_hub. Where several models were uploaded to it, it holds the last one.
+
+    Returns:
+        The files that say something new.
+
+    Raises:
+        SdpoError: no arm is finished, or a model's folder is gone.
+    """
+    chains, written = list(_finished(run)), []
+    if not chains:
+        raise SdpoError(
+            f"{run.path} has no arm whose last step is finished, so there is no model to tell of. "
+            f"Train one with: python -m sdpo_train {run.path}"
+        )
+    for arm, seed in chains:
+        written += _write(run, arm, seed, None)
+    if repository:
+        made = {
+            _chain_name(arm, seed): run.lineage.get(f"{_chain_name(arm, seed)}/uploaded", {}) for arm, seed in chains
+        }
+        there = [name for name, how in made.items() if how.get("recipe", {}).get("repository") == repository]
+        if there:
+            upload_card(run, max(there, key=lambda name: made[name]["finished"]), repository)
+        else:
+            log.warning(
+                "No finished model of %s was uploaded to %s (train.push_to_hub), so its card was not: python -m "
+                "sdpo_train uploads both.", run.path, repository,
+            )  # fmt: skip
+    return written
+
+
+def _finished(run: Run) -> Iterator[tuple[str, int]]:
+    """Give the arms and seeds whose last step is finished; the others are named in the log."""
+    last = check(run.steps, STEPS, "steps").group_by("arm", "seed").agg(pl.col("step").max()).sort("arm", "seed")
+    for arm, seed, step in last.rows():
+        steps = run.read(f"{_chain_name(arm, seed)}/partition")["step"].max()
+        if step == steps:
+            yield arm, seed
+        else:
+            log.info("%s seed %d: %d of %d steps are finished, so there is no card yet", arm, seed, step, steps)
+
+
+def _write(run: Run, arm: str, seed: int, license: str | None) -> list[Path]:  # noqa: A002
+    """Write a card wherever its model lies, and give the files in which it says something new."""
+    card, last = make_card(run, arm, seed, license=license), _steps(run, arm, seed).row(-1, named=True)
+    places, published = [_folder(run, arm, seed, last["step"])], f"{_chain_name(arm, seed)}/published"
+    if not places[0].is_dir():
+        raise SdpoError(f"There is no model folder {places[0]} to put a model card in. Was it moved, or not kept?")
+    if run.lineage.get(published, {}).get("recipe", {}).get("model") == last["model_key"]:  # not of a training before
+        places.append(run.path / published)
+    written = []
+    for path in (folder / CARD for folder in places if folder.is_dir()):
+        if not path.exists() or path.read_text(encoding="utf-8") != card.content:
+            write_atomically(path, card.save)
+            log.info("model card: %s", path)
+            written.append(path)
+    return written
 
 
 def make_card(run: Run, arm: str, seed: int, *, license: str | None = None) -> "ModelCard":  # noqa: A002
@@ -127,7 +197,11 @@ def _folder(run: Run, arm: str, seed: int, step: int) -> Path:
 
 
 def _unit(arm: str, seed: int, step: int) -> str:
-    return f"arms/{arm}/seed_{seed}/step_{step}"
+    return f"{_chain_name(arm, seed)}/step_{step}"
+
+
+def _chain_name(arm: str, seed: int) -> str:
+    return f"arms/{arm}/seed_{seed}"
 
 
 def _inputs(run: Run) -> tuple[str | None, list[str]]:
@@ -155,7 +229,7 @@ def _shown(name: str | None) -> str:
 
 
 def _chain(run: Run, arm: str, seed: int, steps: pl.DataFrame, base: str | None) -> list[str]:
-    partition = run.path / f"arms/{arm}/seed_{seed}/partition.parquet"
+    partition = run.path / _chain_name(arm, seed) / "partition.parquet"
     of_step = {}
     if partition.exists():
         counts = pl.read_parquet(partition).group_by("step", "source").len().sort("step", "source")
@@ -283,3 +357,29 @@ def _plain(text: str) -> str:
     shown = "".join(char if char.isprintable() else " " for char in text)
     escaped = re.sub(r"([\\`*_{}\[\]()#+!|~$])", r"\\\1", html.escape(" ".join(shown.split()), quote=False))
     return re.sub(r"^(\d*)(\.(?=\s|$)|[-=])", r"\1\\\2", escaped)  # at the start of a line: a list, a rule, a heading
+
+
+def main() -> None:
+    """Write the cards, and show which of them say something new."""
+    import tyro  # only here: the loop of training needs none
+
+    run = open_run(tyro.cli(_arguments, prog="python -m sdpo_train.card", description=__doc__))
+    before = run.lineage
+    written = write_cards(run, read_section(run, "train", TrainConfig).push_to_hub)
+    for path in written:
+        say(str(path))
+    if not written and run.lineage == before:
+        say(f"up to date: {run.path / 'arms'}")
+
+
+def _arguments(run: Path, /) -> Path:
+    """Read the flags.
+
+    Args:
+        run: Run folder.
+    """
+    return run
+
+
+if __name__ == "__main__":
+    command(main)

@@ -83,6 +83,11 @@ class TrainConfig(TrainerSettings):
 class StepConfig(StepSettings, TrainConfig):
     """The settings of one step of one arm."""
 
+    @property
+    def scored_in(self) -> str:
+        """What SCORES call the dtype that training computes in: float32 weights always, the forward pass in `dtype`."""
+        return self.dtype if self.dtype == "float32" else f"{self.dtype}_autocast"
+
 
 def step_config(config: TrainConfig, step: int, steps: int, arm: str) -> StepConfig:
     """Give the settings of one step: see `at_step`."""

@@ -159,12 +159,17 @@ def estimate_memory(shape: Shape, unit: Unit) -> Memory:
 
 
 def estimate_duration(
-    tokens: int, *, scored: tuple[int, float] | None = None, trained: tuple[int, float] | None = None
+    tokens: int,
+    *,
+    scored_again: int = 0,
+    scored: tuple[int, float] | None = None,
+    trained: tuple[int, float] | None = None,
 ) -> Duration | None:
     """Estimate how long a unit takes.
 
     Args:
         tokens: prompt + chosen + rejected tokens, all epochs.
+        scored_again: such tokens that take a forward pass before.
         scored: such tokens and seconds of scoring the pairs: of SCORES and lineage.json.
         trained: such tokens and seconds of finished steps: of STEPS. These tell more, and go first.
 
@@ -172,15 +177,16 @@ def estimate_duration(
         None where nothing was measured.
     """
     if trained and trained[0] and trained[1]:
-        seconds = tokens * trained[1] / trained[0]
+        seconds = (tokens + scored_again / TIMES_FORWARD) * trained[1] / trained[0]
         return Duration(0.75 * seconds, 1.5 * seconds, f"finished steps: {trained[0] / trained[1]:,.0f} tokens/s")
     if scored and scored[0] and scored[1]:
-        seconds = tokens * scored[1] / scored[0]
+        token = scored[1] / scored[0]
         basis = (
             f"{TIMES_FORWARD:g} to {AT_MOST:g} times scoring at {scored[0] / scored[1]:,.0f} tokens/s; too low if "
             "those scores came from the store"
         )
-        return Duration(TIMES_FORWARD * seconds, AT_MOST * seconds, basis)
+        low, high = ((times * tokens + scored_again) * token for times in (TIMES_FORWARD, AT_MOST))
+        return Duration(low, high, basis)
     return None
 
 
@@ -192,6 +198,7 @@ def plan_unit(
     epochs: int,
     batch_pairs: int,
     available: int,
+    scored_again: int = 0,
     scored: tuple[int, float] | None = None,
     trained: tuple[int, float] | None = None,
 ) -> dict[str, Any]:
@@ -201,18 +208,21 @@ def plan_unit(
         scores: SCORES of the pairs it trains on.
         unit: its settings; `longest` is max_length, and the longest row counts where that is less.
         available: bytes that can be had on the device.
-        scored: see `estimate_duration`, like `trained`.
+        scored_again: see `estimate_duration`, like `scored` and `trained`.
 
     Returns:
-        pairs, tokens (all epochs), updates, longest (tokens), memory and its parts (bytes), seconds
-        (low and high) with what they are told from, and advice: null where unknown or not needed.
+        pairs, tokens (all epochs), scored_again (tokens), updates, longest (tokens), memory and its parts
+        (bytes), seconds (low and high) with what they are told from, and advice: null where unknown or not
+        needed.
     """
     unit = replace(unit, longest=min(unit.longest, longest_row(scores)))
     tokens = epochs * count_tokens(scores)
-    memory, duration = estimate_memory(shape, unit), estimate_duration(tokens, scored=scored, trained=trained)
+    memory = estimate_memory(shape, unit)
+    duration = estimate_duration(tokens, scored_again=scored_again, scored=scored, trained=trained)
     return {
         "pairs": scores.height,
         "tokens": tokens,
+        "scored_again": scored_again,
         "updates": epochs * math.ceil(scores.height / batch_pairs),
         "longest": unit.longest,
         "memory": memory.total,

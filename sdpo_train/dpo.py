@@ -15,7 +15,7 @@ from sdpo_data.run import write_atomically
 from sdpo_data.score import score_encoded
 from sdpo_data.scorer import Scorer
 from sdpo_data.store import ScoreStore
-from sdpo_data.tables import LOGP_MARGIN, METRICS, SdpoError
+from sdpo_data.tables import LOGP_MARGIN, METRICS, SCORES, SdpoError
 from sdpo_train import handoff
 from sdpo_train.config import StepConfig
 from sdpo_train.diagnostics import contamination_alarm, diagnose_step, split_held_out
@@ -149,8 +149,7 @@ def _encode(pairs: pl.DataFrame, tokenizer: "PreTrainedTokenizerBase", config: S
 def _scorer(kept: "Inputs | StepWork", config: StepConfig, model: "PreTrainedModel", key: str) -> Scorer:
     """Give a scorer that computes as training does: float32 weights, and the forward pass in train.dtype."""
     autocast = None if config.dtype == WEIGHTS else config.dtype
-    dtype = f"{autocast}_autocast" if autocast else WEIGHTS
-    return Scorer(model, key, ScoreStore(kept.store, key, dtype), kept.token_budget, autocast=autocast)
+    return Scorer(model, key, ScoreStore(kept.store, key, config.scored_in), kept.token_budget, autocast=autocast)
 
 
 def _reference_scores(work: StepWork, config: StepConfig, encoded: pl.DataFrame, scorer: Scorer) -> pl.DataFrame:
@@ -158,19 +157,16 @@ def _reference_scores(work: StepWork, config: StepConfig, encoded: pl.DataFrame,
 
     What the run's scores say of the same model must agree, or they are of other tokens.
     """
-    known = None
-    if work.scores is not None:
-        known = encoded.select("pair_id").join(work.scores, on="pair_id", maintain_order="left")
-        handoff.check_same_tokens(work, encoded, known)
+    known = encoded.select("pair_id").join(SCORES.to_frame() if work.scores is None else work.scores, on="pair_id")
+    handoff.check_same_tokens(work, encoded, known)
     reference = score_encoded(encoded, work.pairs, scorer)
-    if known is not None and known["model_key"].eq_missing(work.reference_key).all():
-        if known["dtype"].eq_missing(scorer.dtype).all():
-            handoff.check_same_scores(work, config, reference, known)
-        if scorer.work.computed:
-            log.info(
-                "%s step %d: %d answers of the reference were not in the score store %s in %s: computed",
-                work.arm, work.step, scorer.work.computed, scorer.store.folder, scorer.dtype,
-            )  # fmt: skip
+    of_reference = known.filter(model_key=work.reference_key)
+    handoff.check_same_scores(work, config, reference, of_reference.filter(dtype=scorer.dtype))
+    if of_reference.height and scorer.work.computed:
+        log.info(
+            "%s step %d: %d answers of the reference were not in the score store %s in %s: computed",
+            work.arm, work.step, scorer.work.computed, scorer.store.folder, scorer.dtype,
+        )  # fmt: skip
     return reference
 
 

@@ -64,11 +64,12 @@ def check_same_scores(work: StepWork, config: StepConfig, reference: pl.DataFram
 
     Args:
         reference: SCORES of exactly these tokens: found by their ids in the score store, or computed.
-        known: SCORES of the same pairs, model and dtype from the run, in the same order.
+        known: SCORES of the run, in any order: of those of these pairs that it has of the same model and dtype.
     """
-    gap = pl.max_horizontal((pl.col(f"{side}_logp") - pl.col(f"{side}_logp_known")).abs() for side in SIDES)
-    both = reference.join(known, on="pair_id", suffix="_known", maintain_order="left").with_columns(gap=gap)
-    other = both.filter(~(pl.col("gap") <= allowed_noise(config, reference)))
+    gaps = [(pl.col(f"{side}_logp") - pl.col(f"{side}_logp_known")).abs() for side in SIDES]
+    both = reference.join(known, on="pair_id", suffix="_known").with_columns(gap=pl.max_horizontal(gaps))
+    noise = [START_GAP if config.dtype == "float32" else BF16_GAP * pl.col(f"{side}_tokens").sqrt() for side in SIDES]
+    other = both.filter(pl.any_horizontal(~(gap <= most) for gap, most in zip(gaps, noise, strict=True)))
     if other.height:
         worst = other.sort("gap", descending=True).row(0, named=True)
         raise SdpoError(

@@ -401,7 +401,7 @@ def _prune(chains: list[Chain], given: Inputs) -> None:
 
 def _publish(own: Chain, given: Inputs, *, alone: bool) -> None:
     """Write, and upload where asked, the last model of a chain: each once."""
-    from sdpo_train.publish import copy_card, hash_card, publish, upload
+    from sdpo_train.publish import publish, upload
 
     config = given.config
     if config.push_to_hub and not alone:
@@ -410,22 +410,14 @@ def _publish(own: Chain, given: Inputs, *, alone: bool) -> None:
             "Name a single arm and seed with --arms and --seeds; what is trained is kept."
         )
     model, key = own.model(own.steps[-1])
-    published, uploaded = (f"{own.name}/{what}" for what in ("published", "uploaded"))
-    folder, numbers = own.run.path / published, {"model": key, "export_dtype": config.export_dtype}
-    with workers.main_stage(own.run, published, numbers, force=given.force) as stage:
+    unit, numbers = f"{own.name}/published", {"model": key, "export_dtype": config.export_dtype}
+    with workers.main_stage(own.run, unit, numbers, force=given.force) as stage:
         if not stage.current and workers.is_main():
-            publish(Path(model), folder, config.export_dtype or "float32")
-            stage.outputs.append(published)
-    if workers.is_main():
-        copy_card(Path(model), folder)
+            publish(Path(model), own.run.path / unit, config.export_dtype or "float32")
+            stage.outputs.append(unit)
+    if config.push_to_hub and workers.is_main():
+        upload(own.run, own.name, config.push_to_hub, force=given.force)
     workers.wait()
-    if config.push_to_hub:
-        numbers |= {"repository": config.push_to_hub, "card": hash_card(folder)}
-        before = own.run.lineage.get(uploaded, {}).get("recipe", {})
-        retold = before != numbers and before | {"card": numbers["card"]} == numbers  # evaluated since
-        with workers.main_stage(own.run, uploaded, numbers, force=given.force or retold) as stage:
-            if not stage.current and workers.is_main():
-                upload(folder, config.push_to_hub)
 
 
 def _dpo_step() -> TrainStep:

@@ -4,7 +4,10 @@ import html
 import json
 import re
 import shutil
+import subprocess
+import sys
 
+import huggingface_hub
 import polars as pl
 import pytest
 from huggingface_hub import ModelCard
@@ -15,7 +18,8 @@ from made_run import KEYS, make_run
 from sdpo_data.models import model_key
 from sdpo_data.run import Run
 from sdpo_data.tables import SdpoError
-from sdpo_train.card import _plain, make_card, write_card
+from sdpo_train.card import _plain, make_card, write_card, write_cards
+from tests.conftest import ROOT
 
 CONFIG = "model: {model}\npairs: {{source: {sources}}}\n"
 
@@ -163,3 +167,75 @@ def test_what_is_not_there_has_no_card(run):
     shutil.rmtree(run.path / "arms/dpo/seed_0/step_1")
     with pytest.raises(SdpoError, match=r"no model folder .*step_1"):
         write_card(run, "dpo", 0)
+
+
+def publish_and_upload(run, arm, step, repository, finished):
+    """Have lineage and folders say that a model was published, and uploaded; its weights are not read."""
+    key = run.steps.filter(arm=arm, step=step)["model_key"].item()
+    (run.path / f"arms/{arm}/seed_0/published").mkdir()
+    recipe = {"model": key, "export_dtype": "bfloat16"}
+    told = {"uploaded": recipe | {"repository": repository, "card": "before"}, "published": recipe}
+    units = {
+        f"arms/{arm}/seed_0/{what}": {"recipe": recipe, "inputs": {}, "outputs": [], "sha256": {}, "finished": finished}
+        for what, recipe in told.items()
+    }
+    (run.path / "lineage.json").write_text(json.dumps(run.lineage | units))
+
+
+@pytest.fixture
+def uploads(monkeypatch):
+    """What a hub that is not there was asked for: [(method, arguments by name)]."""
+    asked = []
+
+    class Hub:
+        def __getattr__(self, name):
+            return lambda **given: asked.append((name, given))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    return asked
+
+
+def test_the_command_tells_every_finished_arm_anew(run, run_command, uploads):
+    """Unasked nothing goes to the hub, though it has been there; an arm with a step to go has no card yet."""
+    publish_and_upload(run, "sdpo", 2, "me/model", "2026-01-02T03:04:05Z")
+    order = run.path / "arms/dpo/seed_0/partition.parquet"
+    pl.read_parquet(order).with_columns(step=pl.lit(2, pl.Int64)).write_parquet(order)
+    code, out, err = run_command("sdpo_train.card", run.path)
+    folder = run.path / "arms/sdpo/seed_0"
+    assert (code, out.split()) == (0, [str(folder / f"{place}/README.md") for place in ("step_2", "published")])
+    assert "dpo seed 0: 1 of 2 steps are finished, so there is no card yet" in err
+    assert not (run.path / "arms/dpo/seed_0/step_1/README.md").exists()
+    h4 = run.results.filter(arm="sdpo", step=2, task="h4")["value"].item()
+    for place in ("step_2", "published"):
+        assert f"| h4 | mean | {h4:.2f}" in (folder / place / "README.md").read_text()
+    assert run_command("sdpo_train.card", run.path)[:2] == (0, f"up to date: {run.path / 'arms'}\n")
+    assert uploads == []
+
+
+def test_a_published_copy_of_an_earlier_training_keeps_its_card(run):
+    publish_and_upload(run, "sdpo", 1, "me/model", "2026-01-02T03:04:05Z")
+    write_card(run, "sdpo", 0)
+    assert not (run.path / "arms/sdpo/seed_0/published/README.md").exists()
+
+
+def test_a_repository_gets_the_card_of_the_model_it_holds(run, uploads, caplog):
+    write_cards(run, "me/model")
+    assert "No finished model of" in caplog.text
+    publish_and_upload(run, "dpo", 1, "me/model", "2026-01-02T03:04:06Z")
+    publish_and_upload(run, "sdpo", 2, "me/model", "2026-01-02T03:04:05Z")
+    for _ in range(2):
+        write_cards(run, "me/model")
+    path = str(run.path / "arms/dpo/seed_0/published/README.md")
+    assert uploads == [
+        ("upload_file", {"repo_id": "me/model", "path_or_fileobj": path, "path_in_repo": "README.md"})
+    ]  # fmt: skip
+
+
+def test_the_command_needs_no_torch_and_a_run(run, tmp_path):
+    code = "import runpy, sys; runpy.run_module('sdpo_train.card', run_name='__main__'); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, run.path], cwd=ROOT, capture_output=True, text=True, check=False)
+    *cards, torch = done.stdout.split()
+    assert (done.returncode, len(cards), torch) == (0, 2, "False"), done.stderr
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SdpoError, match=r"has no arm whose last step is finished.*python -m sdpo_train"):
+        write_cards(Run(tmp_path / "empty"))

@@ -176,7 +176,14 @@ def test_time_by_hand():
     assert got is not None
     assert (got.low, got.high) == (5.0 * cost.TIMES_FORWARD, 5.0 * cost.AT_MOST)
     assert "100 tokens/s; too low if those scores came from the store" in got.basis
-    # finished steps tell more: 50 a second
+    # 200 of them once more, forward: 2 s
+    got = estimate_duration(500, scored_again=200, scored=(1000, 10.0))
+    assert got is not None
+    assert (got.low, got.high) == (5.0 * cost.TIMES_FORWARD + 2.0, 5.0 * cost.AT_MOST + 2.0)
+    # finished steps tell more: 50 a second, of a forward pass three times that: 150 take 1 s more
+    got = estimate_duration(500, scored_again=150, trained=(100, 2.0))
+    assert got is not None
+    assert (got.low, got.high) == (0.75 * 11.0, 1.5 * 11.0)
     got = estimate_duration(500, scored=(1000, 10.0), trained=(100, 2.0))
     assert got is not None
     assert (got.low, got.high) == (7.5, 15.0)

@@ -16,6 +16,7 @@ from sdpo_data.score import ScoreConfig, score_pairs
 from sdpo_data.tables import LOGP_MARGIN, METRICS, SCORES, SdpoError, check
 from sdpo_train.config import StepConfig, TrainConfig
 from sdpo_train.dpo import train_step
+from sdpo_train.handoff import BF16_GAP
 from sdpo_train.steps import run_sdpo
 from sdpo_train.work import StepWork
 
@@ -158,6 +159,36 @@ def test_reference_scores_at_hand_cost_no_forward_pass(work, pairs, tiny_model, 
     assert scores["dtype"].unique().to_list() == [scored]
     monkeypatch.setattr("sdpo_data.scorer.score_bin", None)
     train_step(work(scores=scores), FAST.model_copy(update={"dtype": dtype, "diagnose": False, "kl_samples": 0}))
+
+
+def test_scores_whose_store_is_gone_are_computed_again_and_that_is_said(work, pairs, tiny_model, tmp_path, caplog):
+    config = FAST.model_copy(update={"diagnose": False, "kl_samples": 0})
+    stored, gone = work(scores=score_pairs(pairs, tiny_model)), str(tmp_path / "another store")
+    kept = train_step(stored, config)["model_key"]
+    with caplog.at_level("INFO", "sdpo_train"):
+        assert train_step(work(scores=stored.scores, store=gone), config)["model_key"] == kept
+    assert "16 answers of the reference were not in the score store" in caplog.text
+    assert "another store" in caplog.text
+
+
+def test_scores_are_held_against_the_store_where_some_pairs_have_none(work, pairs, tiny_model):
+    """A pair without a score hides no other's: of the 7 that are left one is a nat off."""
+    first = pl.col("pair_id") == pairs["pair_id"][1]
+    scores = score_pairs(pairs, tiny_model)[1:].with_columns(chosen_logp=pl.col("chosen_logp") - first.cast(pl.Float64))
+    with pytest.raises(SdpoError, match=r"1 pair\(s\) of sdpo step 1 have other scores .* by 1 nats"):
+        train_step(work(scores=scores), FAST)
+
+
+def test_in_bfloat16_a_short_answer_has_the_noise_of_a_short_one(work, pairs, tiny_model):
+    """An answer of n tokens may move by 0.15 sqrt(n) nats; here it does by that of twice as many."""
+    half = FAST.model_copy(update={"dtype": "bfloat16"})
+    scores = score_pairs(pairs, tiny_model, ScoreConfig(dtype="bfloat16_autocast"))
+    short, longest = scores.sort("rejected_tokens").row(0, named=True), scores["chosen_tokens"].max()
+    assert 2 * short["rejected_tokens"] < longest  # the noise of the longest would hide it
+    moved = BF16_GAP * (2 * short["rejected_tokens"]) ** 0.5
+    edited = pl.col("rejected_logp") + moved * (pl.col("pair_id") == short["pair_id"]).cast(pl.Float64)
+    with pytest.raises(SdpoError, match=r"1 pair\(s\) of sdpo step 1 have other scores"):
+        train_step(work(scores=scores.with_columns(rejected_logp=edited)), half)
 
 
 def test_a_model_in_bfloat16_is_not_scored_as_if_its_weights_were_float32(pairs, tiny_model):

@@ -2,13 +2,14 @@
 
 import json
 
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sdpo_data import score_pairs
 from sdpo_data.run import Run
-from sdpo_train import TrainConfig, run_sdpo
+from sdpo_train import TrainConfig, cost, run_sdpo
 from sdpo_train.arms import ARMS, CORE
 from sdpo_train.config import StepConfig
 from sdpo_train.plan import plan_units
@@ -61,11 +62,44 @@ def test_sizes_by_hand(run, tiny_model):
     assert sum(unit["tokens"] for unit in units) == 2 * total
 
 
+def test_pairs_whose_scores_are_of_another_dtype_are_scored_once_more(run, tiny_model):
+    """By the first unit that is held to S on them, not by those after it; what M_1 and M_2 say was never scored."""
+    half = TrainConfig(arms=["sdpo", "sdpo_fixed", "dpo"], dtype="bfloat16")
+    of_step = [
+        cost.count_tokens(run.scores.join(rows, on="pair_id", how="semi"))
+        for _, rows in sorted(run.partition.group_by("step"))
+    ]
+    units = {unit["unit"]: unit for unit in plan_units(run, half, str(tiny_model))}
+    assert {name: unit["scored_again"] for name, unit in units.items()} == {
+        "sdpo/0/1": of_step[0], "sdpo/0/2": 0, "sdpo/0/3": 0,
+        "sdpo_fixed/0/1": 0, "sdpo_fixed/0/2": of_step[1], "sdpo_fixed/0/3": of_step[2], "dpo/0/1": 0,
+    }  # fmt: skip
+    whole = plan_units(run, half.model_copy(update={"dtype": "float32"}), str(tiny_model))
+    assert {unit["scored_again"] for unit in whole} == {0}
+    as_trained = run.scores.with_columns(dtype=pl.lit("bfloat16_autocast"))
+    as_trained.write_parquet(run.path / "scores.parquet")
+    assert {unit["scored_again"] for unit in plan_units(run, half, str(tiny_model))} == {0}
+
+
+def test_what_is_planned_to_be_scored_again_is_what_training_scores(run, tiny_model, tmp_path, caplog):
+    config = TrainConfig(arms=["sdpo_fixed"], dtype="bfloat16", diagnose=False, kl_samples=0)
+    inputs = {"scores": run.scores, "config": config, "store": str(tmp_path / "store")}
+    assert all(unit["scored_again"] for unit in plan_units(run, config, str(tiny_model)))
+    with caplog.at_level("INFO", "sdpo_train"):
+        run_sdpo(run.pairs, run.partition, tiny_model, run.path, units=["sdpo_fixed/0/1"], **inputs)
+    assert caplog.text.count("6 answers of the reference were not in the score store") == 1  # of 3 pairs
+    assert [bool(unit["scored_again"]) for unit in plan_units(run, config, str(tiny_model))] == [False, True, True]
+
+
 def test_the_command_prints_and_runs_nothing(run, tiny_model, run_command):
     (run.path / "config.yaml").write_text(f"model: {tiny_model}\n")
     code, out, err = run_command("sdpo_train", run.path, "--plan", "--arms", "sdpo", "sdpo_fixed")
     assert (code, err) == (0, "")
     assert "as sdpo/0/1" in out
+    assert "scored again" not in out
+    code, out, _ = run_command("sdpo_train", run.path, "--plan", "--arms", "sdpo", "--dtype", "bfloat16")
+    assert "scores.parquet is in float32, but training computes in bfloat16_autocast, so " in out
+    assert "score.dtype bfloat16_autocast saves it" in out
     code, out, _ = run_command("sdpo_train", run.path, "--plan", "--json", "--arms", "sdpo", "dpo")
     told = json.loads(out)
     assert [unit["unit"] for unit in told["units"]] == ["sdpo/0/1", "sdpo/0/2", "sdpo/0/3", "dpo/0/1"]

@@ -202,8 +202,15 @@ def test_what_is_published_is_the_last_model_rounded(inputs, tmp_path):
     assert (folder / "README.md").read_text() == (Path(last) / "README.md").read_text()
 
 
+def evaluate_as(folder, value):
+    """Write results in which the last model has this H4."""
+    key = Run(folder).steps["model_key"][-1]
+    row = ("sdpo", 0, 2, key, "h4-lmeval@1", "h4", "mean", value, 1.4, 26073, 26073, "all")
+    pl.DataFrame([row], RESULTS, orient="row").write_parquet(folder / "results.parquet")
+
+
 @pytest.mark.real
-def test_only_where_asked_is_anything_uploaded(inputs, tmp_path, monkeypatch):
+def test_only_where_asked_is_anything_uploaded(inputs, tmp_path, monkeypatch, run_command):
     called = []
 
     class Hub:
@@ -224,15 +231,22 @@ def test_only_where_asked_is_anything_uploaded(inputs, tmp_path, monkeypatch):
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json"} <= names
     assert not {name for name in names if name.endswith((".parquet", ".bin", ".pt"))}
     assert Path(last).exists()
-    assert "ARC-Challenge" not in (folder / "README.md").read_text()
-    key = Run(tmp_path / "run").steps["model_key"][-1]
-    row = ("sdpo", 0, 2, key, "h4-lmeval@1", "arc_challenge", "acc_norm", 41.5, 1.4, 1172, 1172, "all")
-    pl.DataFrame([row], RESULTS, orient="row").write_parquet(tmp_path / "run/results.parquet")
-    for _ in range(2):  # evaluated since: the card says so, in all three places, and is uploaded, once
-        train(inputs, tmp_path / "run", export_dtype="bfloat16", push_to_hub="me/model")
-    assert [name for name, *_ in called] == ["create_repo", "upload_folder"] * 2
+    assert "| h4 |" not in (folder / "README.md").read_text()
+    (tmp_path / "run/config.yaml").write_text("train: {push_to_hub: me/model}\n")
+    evaluate_as(tmp_path / "run", 41.5)
+    for told in (2, 0):  # evaluated since: the cards beside the weights and published say so; that alone is uploaded
+        code, out, err = run_command("sdpo_train.card", tmp_path / "run")
+        assert (code, out.count("README.md"), out.startswith("up to date: ")) == (0, told, not told), err
+    assert "| h4 | mean | 41.50" in (folder / "README.md").read_text() == (Path(last) / "README.md").read_text()
+    card = {"repo_id": "me/model", "path_or_fileobj": str(folder / "README.md"), "path_in_repo": "README.md"}
+    assert called[2:] == [("upload_file", (), card)]
+    train(inputs, tmp_path / "run", export_dtype="bfloat16", push_to_hub="me/model")
+    assert len(called) == 3
+    evaluate_as(tmp_path / "run", 43.5)  # training's own end does the same
+    train(inputs, tmp_path / "run", export_dtype="bfloat16", push_to_hub="me/model")
+    assert [name for name, *_ in called[3:]] == ["upload_file"]
+    assert "| h4 | mean | 43.50" in (folder / "README.md").read_text() == (Path(last) / "README.md").read_text()
     del called[2:]
-    assert "41.5" in (folder / "README.md").read_text() == (Path(last) / "README.md").read_text()
     train(inputs, tmp_path / "run", force=True, push_to_hub="me/other")
     assert [given.get("repo_id", args) for _, args, given in called[2:]] == [("me/other",), "me/other"]
     assert transformers.AutoModelForCausalLM.from_pretrained(folder).dtype == torch.float32

@@ -31,7 +31,9 @@ FLEX = ("cuda",)  # devices on which FlexAttention is tried; dense masks in shor
 PROBE = 24  # tokens of the smallest probe
 ROUNDING = 3  # times what a plain forward differs from itself, which is allowed to a tree too
 MOST = 0.99  # of the tokens must keep to that; a few answer to the last bit with a thousand times as much
-SPIKE = 100  # times as much is never a matter of rounding
+MUCH = 10  # times TOLERANCE is no rounding of most tokens
+SPIKE = 100  # times what most may differ by is no rounding of a single token
+STRETCHED = ("longrope", "dynamic")  # positions that depend on the length read, past that of training
 SLICE = 4  # numbers of each weight that tell it from another model's
 WINDOWS = {  # settings that name one, tokens -> the kind of layer it is for
     "sliding_window": "sliding_attention",
@@ -62,8 +64,9 @@ def read_model(model: "PreTrainedModel", length: int = PROBE) -> Reading:
 
     A probe of random tokens is computed as a tree cut into rows, and as plain sequences. The tree is
     right where MOST tokens differ by no more than TOLERANCE, or than ROUNDING times what a plain forward
-    differs from itself in two pieces, and none by SPIKE times that. (Of 2,436 random tokens, SmolLM2 and
-    what was trained from it move at three to six by 1e-4 to 1e-3 nats, where float32 itself is 2e-3 off.)
+    differs from itself in two pieces if that is not MUCH, and none by SPIKE times that. (Of 2,436
+    random tokens, SmolLM2 and what was trained from it move at three to six by 1e-4 to 1e-3 nats, where
+    float32 itself is 2e-3 off.)
     Beyond the length where it is not, shorter ones are tried. What is beyond a window that the config
     names is not tried: weights may hide there what others show.
     """
@@ -152,7 +155,7 @@ def _tree_is_right(model: "PreTrainedModel", ids: np.ndarray, length: int, allow
         alone = _logps(model, tokens, plain_states(model, tokens))
         gaps = np.abs(packed - alone)
         most = allowed
-        if not _most(gaps) <= most:
+        if allowed < _most(gaps) <= MUCH * allowed:  # beyond, the pieces may be wrong in the same way
             most = max(most, ROUNDING * _rounding(model, tokens, alone))
         if not (_most(gaps) <= most and gaps.max() <= SPIKE * most):
             return False
@@ -179,8 +182,9 @@ def _rounding(model: "PreTrainedModel", tokens: np.ndarray, alone: np.ndarray) -
             for piece in np.array_split(tokens, 2)
         ]  # fmt: skip
     except UNREADABLE as error:
-        _note_unreadable(model, error)
-        return 0.0
+        if is_out_of_memory(error):
+            _note_unreadable(model, error)
+        return 0.0  # what cannot be cached tells nothing of rounding
     return _most(np.abs(_logps(model, tokens, torch.cat(pieces)) - alone))
 
 
@@ -200,12 +204,21 @@ def _note_unreadable(model: "PreTrainedModel", error: Exception) -> None:
 
 
 def window_length(model: "PreTrainedModel") -> int:
-    """Longest sequence that lies within every window the config names: a tree's mask knows of none."""
+    """Longest sequence that lies within every window the config names, and within positions that do not change.
+
+    A tree's mask knows of no window, and rows of a tree that are read one after the other would each
+    get the positions of their own length.
+    """
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
-    windows = [
+    limits = [
         getattr(config, name, None)
         for name, kind in WINDOWS.items()
         if kinds is None or kind in kinds  # a window that no layer uses is none
     ]
-    return min((window for window in windows if isinstance(window, int) and window > 1), default=2**31)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for how in (rope, *(of_kind for of_kind in rope.values() if isinstance(of_kind, dict))):
+        if how.get("rope_type") in STRETCHED:
+            own = how.get("original_max_position_embeddings")
+            limits.append(own or getattr(config, "original_max_position_embeddings", config.max_position_embeddings))
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 1), default=2**31)

@@ -46,8 +46,8 @@ RESCORED_LEAST = 8
 class ScoreConfig(Settings):
     dtype: Literal["float32", "bfloat16", "float16", "bfloat16_autocast"] = "float32"
     """Of the forward pass. In bfloat16 log-probs move with what is computed beside them: see the noise band.
-    bfloat16_autocast keeps the weights in float32, as training with train.dtype bfloat16 does: then step 1 takes its
-    reference log-probs from here, where after bfloat16 it scores its pairs again."""
+    bfloat16_autocast keeps the weights in float32, as training with train.dtype bfloat16 does: then step 1 finds
+    its reference log-probs in the store, where after bfloat16 it scores its pairs again."""
     max_length: int = pydantic.Field(1024, ge=2)
     """Longest prompt + answer, tokens."""
     truncation: Truncation = "drop"

@@ -87,6 +87,13 @@ def complete(requests: dict[str, Request], scorer: Scorer) -> pl.DataFrame:
         if workers.is_main():
             store.finish()
         known = pl.concat([known, store.find(missing, token_logps=scorer.token_logps)])
+    lost = len(requests) - known["request"].n_unique()
+    if lost and workers.count() > 1:  # a process by itself has all that it computed
+        raise SdpoError(
+            f"{lost:,} of {len(requests):,} answers are not in this process's score store {store.folder}, though "
+            "another process has or computed them. Set score.store to one folder that all processes share; or, if that "
+            "process says that a log-probability is not finite, do what it says."
+        )
     return known.unique("request", maintain_order=True)
 
 

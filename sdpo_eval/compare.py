@@ -20,7 +20,6 @@ from sdpo_data.config import read_section
 from sdpo_data.console import command, print_table, say
 from sdpo_data.run import Run, open_run
 from sdpo_data.tables import UNIT, SdpoError
-from sdpo_eval.arms import contrast_factorial
 from sdpo_eval.changes import find_changes, find_flips
 from sdpo_eval.clean import read_clean
 from sdpo_eval.contrasts import (
@@ -34,6 +33,7 @@ from sdpo_eval.contrasts import (
     pair_seeds,
     tell_kind,
 )
+from sdpo_eval.evidence import read_evidence
 from sdpo_eval.h4 import MEAN, TASKS
 from sdpo_eval.margins import HELD_OUT, as_documents, as_items, read_held_out
 from sdpo_eval.plan import read_answers
@@ -227,8 +227,7 @@ def main(argv: list[str] | None = None) -> None:
 def _print_factorials(runs: list[Run]) -> None:
     """Print what order and reference do in each run that holds the four arms of the core factorial."""
     for name, run in zip(_names_of(runs), runs, strict=True):
-        answers = pl.concat([run.items, as_items(read_held_out(run))])
-        effects = contrast_factorial(answers, read_section(run, "compare", CompareConfig))
+        effects = read_evidence(run).factorial
         rows = [{"effect": row["effect_of"]} | _readable(row, effects) for row in effects.iter_rows(named=True)]
         if rows:
             title = "the core factorial, points, 95 % interval; adjusted among these effects"

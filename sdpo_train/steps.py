@@ -127,7 +127,7 @@ def run_sdpo(
         partition: PARTITION frame; its rank is the training order.
         model: the reference model S: folder, hub id or embedded:NAME.
         out: run folder; models go to arms/<arm>/seed_<s>/step_<t>. The inputs are saved there too.
-        scores: SCORES of the pairs under S; saves a scoring pass in step 1.
+        scores: SCORES of the pairs under S. Whoever made them left them in the score store, which saves step 1 a pass.
         units: only these, as arm/seed/step; all of config's arms and seeds if empty.
         force: train finished steps again.
         store: folder of the score store; the cache folder unless given.
@@ -284,7 +284,7 @@ def _run_unit(own: Chain, step: int, given: Inputs) -> None:
                 shutil.rmtree(left, ignore_errors=True)
             merge_config(own.run, {"model": own.base[0], "train": given.config.model_dump(mode="json")})
             write_atomically(own.folder / "partition.parquet", own.order.write_parquet)
-        twin = None if given.force else _twin(own.run, unit, numbers["work"], config)
+        twin = None if given.force else workers.from_main(lambda: _twin(own.run, unit, numbers["work"], config))
         if twin is not None:
             row = _share(own.run, twin, work) if workers.is_main() else {}
         else:
@@ -396,7 +396,7 @@ def _prune(chains: list[Chain], given: Inputs) -> None:
                 continue
             folder = one.folder / f"step_{step}"
             for path in (*folder.glob("**/*.safetensors"), *folder.glob("*.safetensors.index.json")):
-                path.unlink()
+                path.unlink(missing_ok=True)  # another job may prune too
 
 
 def _publish(own: Chain, given: Inputs, *, alone: bool) -> None:

@@ -30,7 +30,7 @@ class StepWork:
     reference: str
     reference_key: str
     scores: pl.DataFrame | None
-    """SCORES of all pairs under S, if known: free reference log-probabilities where the reference is S."""
+    """SCORES of all pairs under S, if known: what the reference must agree with where it is S."""
     out: Path
     """Folder to write."""
     base: str | None = None

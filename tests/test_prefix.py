@@ -121,12 +121,30 @@ def test_other_weights_of_one_config_are_measured_by_themselves(monkeypatch, own
 
 
 def test_rounding_is_no_reason_against_a_tree_and_a_wrong_tree_is_not_rounding(monkeypatch, own_cache):
-    """Without any tolerance, what a plain forward in two pieces rounds away still lets the right tree through."""
-    monkeypatch.setitem(probe.TOLERANCE, "float32", 0.0)
+    """With next to no tolerance, what a plain forward in two pieces rounds away still lets the right tree through."""
+    monkeypatch.setitem(probe.TOLERANCE, "float32", 1.5e-7)
     assert read_model(build("llama"), 200).packed_length == 200
     monkeypatch.setattr(probe, "window_length", lambda _: 2**31)  # a window of 16 that a tree's mask does not know
     monkeypatch.setattr(probe, "_readings", {})
     assert read_model(build("mistral"), 44).packed_length <= 16
+
+
+@pytest.mark.parametrize("rope", [
+    {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+     "original_max_position_embeddings": 32, "rope_theta": 10000.0},
+    {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+], ids=lambda rope: rope["rope_type"])  # fmt: skip
+def test_positions_that_depend_on_the_length_are_not_taken_for_rounding(rope, own_cache, monkeypatch):
+    """A plain forward in two pieces is as wrong there as a tree: it must not excuse it."""
+    torch.manual_seed(0)
+    sizes = SIZES | {"max_position_embeddings": 32 if rope["rope_type"] == "dynamic" else 128}
+    config = transformers.LlamaConfig(**sizes, **IDS, rope_parameters=rope, initializer_range=0.2)
+    model = transformers.LlamaForCausalLM(config).eval()
+    assert probe.window_length(model) == 32
+    assert read_model(model, 60).packed_length == 32
+    monkeypatch.setattr(probe, "window_length", lambda _: 2**31)  # were it not named in the config
+    monkeypatch.setattr(probe, "_readings", {})
+    assert probe._probe(model, 60).packed_length == 30
 
 
 @pytest.mark.parametrize("every, gap, right", [(150, 5e-3, True), (150, 5e-2, False), (20, 1e-3, False)])

@@ -14,7 +14,7 @@ from sdpo_data.tables import SCORES, SdpoError
 from sdpo_train import dpo, trainer
 from sdpo_train.config import Loss, StepConfig
 from sdpo_train.dpo import train_step
-from sdpo_train.handoff import check_losses, check_same_tokens, check_start, zero_margin_loss
+from sdpo_train.handoff import check_losses, check_same_scores, check_same_tokens, check_start, zero_margin_loss
 from sdpo_train.trainer import PairTrainer, check_trl_section
 from sdpo_train.work import StepWork
 from tests.conftest import QUESTIONS
@@ -222,3 +222,16 @@ def test_small_updates_are_handed_on_in_float32_where_bfloat16_would_lose_them(s
     assert row["model_key"] != row["start_key"]
     assert np.isfinite(row["max_start_gap"])
     assert not torch.is_autocast_enabled("cpu")  # what comes after in this process is float32 again
+
+
+@pytest.mark.parametrize("pairs, nats, caught", [(1, 9e-3, False), (3, 9e-3, True), (1, 6e-2, True), (1, None, True)])
+def test_rounding_of_one_pair_in_hundreds_stops_nothing_and_more_of_it_or_a_gross_gap_does(pairs, nats, caught):
+    """Of 200 pairs of 9 tokens the noise is 5e-3 nats, a hundredth of them 2, and gross is 5e-2."""
+    known = pl.concat([scores_of(9)] * 200).with_columns(pair_id=pl.int_range(pl.len()).cast(pl.String))
+    moved = pl.when(pl.int_range(pl.len()) < pairs).then(pl.col("chosen_logp") + nats).otherwise("chosen_logp")
+    reference = known.with_columns(chosen_logp=moved)
+    if caught:
+        with pytest.raises(SdpoError, match=f"{pairs} pair.s. of sdpo step 1 have other scores than the reference"):
+            check_same_scores(work_of(known), FAST, reference, known)
+    else:
+        check_same_scores(work_of(known), FAST, reference, known)

@@ -374,6 +374,15 @@ def test_a_second_model_that_is_the_first_or_speaks_otherwise_is_refused(tiny_mo
         score_pairs(pairs, tiny_model, ScoreConfig(against=str(tmp_path / "other")))
 
 
+def test_processes_that_do_not_share_a_store_are_told(tiny_model, pairs, tmp_path, monkeypatch):
+    """What the other of two computed never comes into this one's folder."""
+    monkeypatch.setattr("sdpo_data.tree.BIN_ROWS", 1)
+    monkeypatch.setattr("sdpo_data.scorer.workers.count", lambda: 2)
+    settings = ScoreConfig(store=str(tmp_path / "own"), token_budget=16)
+    with pytest.raises(SdpoError, match=r"of 16 answers are not in this process's score store .* all processes share"):
+        score_pairs(pairs, tiny_model, settings)
+
+
 def test_a_coarse_dtype_is_measured_against_float32(tiny_model, pairs):
     settings = ScoreConfig(dtype="bfloat16")
     scores = score_pairs(pairs, tiny_model, settings)

@@ -1,6 +1,6 @@
 """The machine that a benchmark's figures are of, in a line.
 
-python benchmarks/machine.py
+Every script of this folder prints it; `python benchmarks/machine.py` prints it alone.
 """
 
 import importlib.metadata

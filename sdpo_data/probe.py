@@ -83,13 +83,14 @@ def read_model(model: "PreTrainedModel", length: int = PROBE) -> Reading:
 
 
 def _identity(model: "PreTrainedModel") -> str:
-    """Name what a probe's result depends on: architecture, weights, dtype, device, tolerance, the libraries."""
+    """Name what a probe's result depends on: architecture, weights, dtype, device, its limits, the libraries."""
     import torch
     import transformers
 
     config = {name: value for name, value in model.config.to_dict().items() if name not in NOT_NUMBERS}
     what = [type(model).__name__, config, model.config._attn_implementation, str(model.dtype), model.device.type]
-    what += [_weights_hash(model), TOLERANCE[str(model.dtype).removeprefix("torch.")], ROUNDING, MOST, SPIKE]
+    what += [_weights_hash(model), window_length(model)]
+    what += [TOLERANCE[str(model.dtype).removeprefix("torch.")], ROUNDING, MOST, MUCH, SPIKE]
     text = json.dumps([*what, torch.__version__, transformers.__version__], sort_keys=True, default=str)
     return xxhash.xxh3_128_hexdigest(text.encode())
 
@@ -206,8 +207,7 @@ def _note_unreadable(model: "PreTrainedModel", error: Exception) -> None:
 def window_length(model: "PreTrainedModel") -> int:
     """Longest sequence that lies within every window the config names, and within positions that do not change.
 
-    A tree's mask knows of no window, and rows of a tree that are read one after the other would each
-    get the positions of their own length.
+    A tree's mask knows of no window, and its rows would each get the positions of their own length.
     """
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
@@ -217,8 +217,9 @@ def window_length(model: "PreTrainedModel") -> int:
         if kinds is None or kind in kinds  # a window that no layer uses is none
     ]
     rope = getattr(config, "rope_parameters", None) or {}
-    for how in (rope, *(of_kind for of_kind in rope.values() if isinstance(of_kind, dict))):
-        if how.get("rope_type") in STRETCHED:
-            own = how.get("original_max_position_embeddings")
-            limits.append(own or getattr(config, "original_max_position_embeddings", config.max_position_embeddings))
+    names = ("original_max_position_embeddings", "max_position_embeddings")
+    whole = next((length for name in names if (length := getattr(config, name, None))), 0)
+    ways = [rope, *(of_kind for of_kind in rope.values() if isinstance(of_kind, dict))]
+    stretched = [way for way in ways if way.get("rope_type") in STRETCHED]
+    limits += [way.get("original_max_position_embeddings") or whole for way in stretched]
     return min((limit for limit in limits if isinstance(limit, int) and limit > 1), default=2**31)

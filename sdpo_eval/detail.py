@@ -84,12 +84,18 @@ def tell_factorial(evidence: Evidence) -> Iterator[Block]:
 
 def tell_changes(evidence: Evidence) -> Iterator[Block]:
     """Show what changed in each pair of models beneath the scores: the right answers' likelihoods, and flips."""
-    sides = pair_sides(evidence)
-    if not sides:
+    sides, steps = pair_sides(evidence), pair_steps(evidence)
+    if not sides and not steps:
         return
     yield Heading("What changed, question by question")
     models = [pair for one, two in sides for pair in pair_seeds(one, two)]
-    one, two = models[0]
+    if models:
+        yield from _likelihoods(evidence, sides, models[0])
+    yield from _flips(evidence, [*models, *steps])
+
+
+def _likelihoods(evidence: Evidence, sides: list[tuple[Side, Side]], shown: tuple[Side, Side]) -> Iterator[Block]:
+    one, two = shown
     changes = find_changes(one, two, evidence.documents).drop_nulls("change")
     if changes["change"].n_unique() > 1:
         changes = changes.with_columns(pl.col("task").replace(TITLES))
@@ -107,7 +113,6 @@ def tell_changes(evidence: Evidence) -> Iterator[Block]:
     if rows:
         units = {"gold_logp": "nats", "logp_margin": "nats", "choice_margin": "points"}
         yield Table("likelihoods", title, list(rows.values()), units, folded=True)
-    yield from _flips(evidence, [*models, *pair_steps(evidence)])
 
 
 def tell_forgetting(evidence: Evidence) -> Iterator[Block]:

@@ -237,7 +237,7 @@ def list_questions(name: str, limit: int | None, task_dir: str | None) -> list[d
         ]
 
 
-def first_requests(name: str, tokenizer: "PreTrainedTokenizerBase", task_dir: str | None) -> "list[Request]":
+def first_requests(name: str, tokenizer: "PreTrainedTokenizerBase", task_dir: str | None) -> "list[FirstRequest]":
     """Give what a task of lm-eval, or each of a group, asks first, as HFLM gives it to a model; without a model.
 
     Args:
@@ -268,13 +268,13 @@ def first_requests(name: str, tokenizer: "PreTrainedTokenizerBase", task_dir: st
                 [(_, context, answer)] = encoder.loglikelihood([asked], disable_tqdm=True)
             else:
                 context, answer = encoder.tok_encode(asked.args[0]), None
-            found.append(Request(task.config.task, f"{task.config.task}/{asked.doc_id}", context, answer))
+            found.append(FirstRequest(task.config.task, f"{task.config.task}/{asked.doc_id}", context, answer))
     return found
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a model reads of one question, as token ids."""
+class FirstRequest:
+    """What a model reads of a task's first question, as token ids."""
 
     task: str
     item_id: str

@@ -2,6 +2,7 @@ import importlib.util
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from sdpo_data.messages import plain_texts
 from sdpo_data.run import Run
 from sdpo_data.tables import CONTAMINATION, DOCUMENTS, ITEMS, PARTITION, SdpoError
 from sdpo_eval.arms import contrast_factorial, describe_order, say_effects
+from sdpo_eval.blocks import Table
 from sdpo_eval.changes import FIELDS, find_changes, find_flips, find_forgetting
 from sdpo_eval.clean import Clean, read_clean
 from sdpo_eval.compare import compare_models, find_worse, main, tabulate, tabulate_beneath, tabulate_clean
@@ -28,6 +30,7 @@ from sdpo_eval.contrasts import (
     pair_questions,
     tell_kind,
 )
+from sdpo_eval.detail import tell_changes
 from sdpo_eval.evidence import pair_steps, read_evidence
 from sdpo_eval.margins import HELD_OUT, HELD_OUT_SCORES, as_documents, as_items, read_held_out
 from sdpo_eval.report import Report
@@ -702,6 +705,15 @@ def test_flips_are_told_from_step_to_step(run):
     assert pairs == [("sdpo seed 0 step 1", "base"), ("sdpo seed 0 step 2", "sdpo seed 0 step 1")]
     counted = Report(run).table("flips")
     assert "sdpo seed 0 step 2 − sdpo seed 0 step 1" in set(counted["contrast"])
+
+
+def test_flips_are_told_of_one_arm_by_itself(run):
+    """Without base and without another arm there are no two sides, but still step 2 after step 1."""
+    whole = read_evidence(Run(run))
+    own = {name: getattr(whole, name).filter(arm="sdpo", seed=0) for name in ("items", "results", "held_out_scores")}
+    alone = replace(whole, **own)
+    tables = {block.name: block for block in tell_changes(alone) if isinstance(block, Table)}
+    assert {row["contrast"] for row in tables["flips"].rows} == {"sdpo seed 0 step 2 − sdpo seed 0 step 1"}
 
 
 def test_held_out_pairs_fail_no_gate_but_alone():

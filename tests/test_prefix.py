@@ -141,6 +141,11 @@ def test_positions_that_depend_on_the_length_are_not_taken_for_rounding(rope, ow
     config = transformers.LlamaConfig(**sizes, **IDS, rope_parameters=rope, initializer_range=0.2)
     model = transformers.LlamaForCausalLM(config).eval()
     assert probe.window_length(model) == 32
+    random = np.random.default_rng(2)
+    requests = [(random.integers(0, 60, length).tolist(), 2) for length in (20, 40, 41, 58)]
+    for request, completion in zip(requests, scored(model, requests, 500), strict=True):
+        if rope["rope_type"] == "longrope":  # dynamic positions depend on what was read before, in transformers too
+            assert completion.logps == pytest.approx(alone(model, *request)[0], abs=1e-4)
     assert read_model(model, 60).packed_length == 32
     monkeypatch.setattr(probe, "window_length", lambda _: 2**31)  # were it not named in the config
     monkeypatch.setattr(probe, "_readings", {})
